@@ -1,0 +1,198 @@
+"""Settings: one dataclass for what the three stages share, one per stage, presets as one table.
+
+A value comes from the command line, else from the preset, else from the dataclass; the preset comes from the device.
+The comment behind a field is its --help text.
+"""
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+
+import torch
+
+
+class UserError(ValueError):
+    """Something the user can mend: printed as one line, exit code 2."""
+
+
+@dataclass
+class Config:
+    data_path: str = ""  # a folder of videos, one video, or an HDF5 file
+    data_type: str = "auto"  # auto, folder, video, h5 or dummy
+    use_dummy_data: bool = False  # a small procedural world instead of --data-path
+    frame_size: int = 64  # side of the square that videos are resized to; HDF5 frames stay as they are
+    out: str = ""  # folder of the world, for example checkpoints/pong
+    preset: str = ""  # tiny, cpu or gpu; by default what the device suggests
+    n_updates: int = 0  # the budget: optimizer steps
+    num_epochs: float = 0.0  # or passes over the training frames
+    minutes: float = 0.0  # or minutes, turned into updates once, at the start
+    batch_size: int = 16  # clips per step
+    context_length: int = 8  # frames per clip, and how far back attention sees
+    learning_rate: float = 2e-3  # peak; 50 steps of warm-up, then linear decay to a twentieth
+    grad_clip: float = 1.0  # largest gradient norm
+    patch_size: int = 8  # pixels per side of a token
+    embed_dim: int = 128  # width of the transformer
+    hidden_dim: int = 512  # width of its feed-forward layers
+    n_heads: int = 4  # attention heads
+    n_blocks: int = 2  # spatio-temporal blocks (in encoder and decoder each)
+    sample_every: int = 500  # steps between validation lines with a picture
+    save_every: int = 500  # steps between checkpoints
+    seed: int = 0  # fixes initial weights, batches and masks
+    device: str = "auto"  # auto, cpu, cuda
+    dtype: str = "auto"  # auto, float32 or bfloat16 (auto: bfloat16 where it is faster, measured)
+    compile: bool = False  # torch.compile the model
+    resume: bool = False  # go on from the checkpoint in --out
+
+
+@dataclass
+class TokenizerConfig(Config):
+    levels: tuple = (4, 4, 4, 4, 4)  # FSQ levels per dimension; 4,4,4,4,4 makes 1,024 codes
+
+
+@dataclass
+class LatentActionConfig(Config):
+    n_actions: int = 8  # how many latent actions; a power of two
+    keep_rate: float = 1.0  # share of the history that the decoder sees (1: Genie; 0: the article, first frame only)
+    encoder: str = "pairs"  # pairs: both frames in one patch; frames: pooled frames compared (the article)
+    entropy_lambda: float = 0.25  # weight of the bonus for using all actions
+    var_target: float = 0.2  # variance of each action bit below which the penalty begins
+    var_lambda: float = 1.0  # weight of that penalty
+
+
+@dataclass
+class DynamicsConfig(Config):
+    n_blocks: int = 4
+    video_tokenizer_path: str = ""  # default: tokenizer.pt in --out
+    lam_path: str = ""  # default: lam.pt in --out
+    objective: str = "ce"  # ce: masked tokens, cross-entropy; mse: next latents, squared error (seed 002)
+    actions: str = "latent"  # latent: inferred by the LAM; true: recorded buttons, the skyline
+    steps: int = 8  # MaskGIT passes per frame at play
+    temperature: float = 1.0  # of sampling at play
+
+
+# What departs from the defaults above. The first entry of a preset is for all stages.
+PRESETS = {
+    "tiny": (  # seconds; for tests and for seeing that everything runs
+        dict(n_updates=60, batch_size=8, embed_dim=32, hidden_dim=64, n_heads=2, n_blocks=1, sample_every=50, save_every=50),
+        dict(tokenizer=dict(), lam=dict(n_updates=60), dynamics=dict(n_updates=60)),
+    ),
+    "cpu": (  # two laptop cores, a quarter of an hour for the three stages
+        dict(),
+        dict(tokenizer=dict(minutes=4.0), lam=dict(minutes=3.0, context_length=4), dynamics=dict(minutes=6.0)),
+    ),
+    "gpu": (  # one CUDA GPU
+        dict(batch_size=64, context_length=16, embed_dim=256, hidden_dim=1024, n_heads=8, learning_rate=1e-3, compile=True),
+        dict(tokenizer=dict(minutes=6.0, n_blocks=4), lam=dict(minutes=4.0, n_blocks=4), dynamics=dict(minutes=10.0, n_blocks=8)),
+    ),
+}
+CHOICES = {
+    "data_type": ("auto", "folder", "video", "h5", "dummy"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "encoder": ("pairs", "frames"),
+    "objective": ("ce", "mse"),
+    "actions": ("latent", "true"),
+}
+BUDGETS = ("n_updates", "num_epochs", "minutes")
+
+
+def print_user_errors():
+    """From here on a UserError or CheckpointError that nobody caught is one line on stderr and exit code 2."""
+
+    def hook(kind, error, traceback):
+        if kind.__name__ in ("UserError", "CheckpointError"):
+            print(f"error: {error}", file=sys.stderr)
+            sys.stderr.flush()
+            raise SystemExit(2)
+        sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line, `_` and `-` alike in option names, no abbreviations."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+    def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else list(argv)
+        return super().parse_args([re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv])
+
+
+def choose_device(name):
+    """"auto", "cpu", "cuda" or "cuda:1" → torch.device. Raises UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); use cpu or cuda") from None
+    return device
+
+
+def help_of(kind):
+    """Field name → the comment behind it, over the class and its bases."""
+    lines = "".join(inspect.getsource(base) for base in reversed(kind.__mro__[:-1])).splitlines()
+    found = (re.match(r"    (\w+): .* = .*?  # (.*)", line) for line in lines)
+    return {m[1]: m[2] for m in found if m}
+
+
+def parse_config(kind, stage, description, argv=None):
+    """The command line → an instance of `kind` (one of the dataclasses above), checked; prints what it settled on."""
+    parser, texts = Parser(description=description), help_of(kind)
+    for field in dataclasses.fields(kind):
+        name, default = "--" + field.name.replace("_", "-"), field.default
+        if isinstance(default, bool):
+            options = dict(action="store_true")
+        elif isinstance(default, tuple):
+            options = dict(type=lambda text: tuple(int(part) for part in text.split(",")), metavar="4,4,…")
+        else:
+            options = dict(type=type(default), choices=CHOICES.get(field.name))
+        shown = "" if default in ("", 0, 0.0, False) else f" [{default}]"
+        parser.add_argument(name, default=argparse.SUPPRESS, help=texts.get(field.name, "") + shown, **options)
+    given = vars(parser.parse_args(argv))
+
+    device = choose_device(given.get("device", "auto"))
+    preset = given.get("preset") or ("gpu" if device.type == "cuda" else "cpu")
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    values = {**PRESETS[preset][0], **PRESETS[preset][1][stage]}
+    if any(name in given for name in BUDGETS):
+        values = {name: value for name, value in values.items() if name not in BUDGETS}
+    cfg = kind(**{**values, **given, "preset": preset, "device": str(device)})
+    check(cfg)
+    departs = {name: value for name, value in given.items() if name not in ("preset", "device")}
+    print(f"{stage}: preset {preset} on {device}; " + ", ".join(f"{k}={v}" for k, v in departs.items()))
+    return cfg
+
+
+def check(cfg):
+    """Refuse settings that contradict themselves, before any work."""
+
+    def need(condition, text):
+        if not condition:
+            raise UserError(text)
+
+    budgets = [name for name in BUDGETS if getattr(cfg, name)]
+    need(len(budgets) == 1, f"give exactly one of --n-updates, --num-epochs and --minutes, not {' and '.join(budgets) or 'none'}")
+    for name in (*budgets, "batch_size", "patch_size", "embed_dim", "hidden_dim", "n_heads", "n_blocks", "learning_rate",
+                 "grad_clip", "sample_every", "save_every", "frame_size"):  # fmt: skip
+        need(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name)}")
+    need(cfg.out, "say where the world is to be saved, for example --out checkpoints/pong")
+    need(cfg.context_length >= 2, f"--context-length must be at least 2 frames, got {cfg.context_length}")
+    need(cfg.embed_dim % (2 * cfg.n_heads) == 0, f"--embed-dim {cfg.embed_dim} must be an even multiple of --n-heads {cfg.n_heads}")
+    if hasattr(cfg, "levels"):
+        need(cfg.levels and min(cfg.levels) >= 2, f"--levels must be integers of at least 2, got {cfg.levels}")
+    if hasattr(cfg, "n_actions"):
+        n = cfg.n_actions
+        need(n >= 2 and n & (n - 1) == 0, f"--n-actions must be a power of two (2, 4, 8, 16, …), got {n}")
+        need(0 <= cfg.keep_rate <= 1, f"--keep-rate must lie in 0 … 1, got {cfg.keep_rate}")
+    if hasattr(cfg, "temperature"):
+        need(cfg.steps >= 1, f"--steps must be at least 1, got {cfg.steps}")
+        need(cfg.temperature >= 0, f"--temperature must not be negative, got {cfg.temperature}")

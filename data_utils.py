@@ -1,0 +1,248 @@
+"""From any footage to clips: one HDF5 form, one reader.
+
+  * sources: a folder of videos, one video, an HDF5 file (as record.py writes it, or with `frames` alone), a dummy world
+  * videos are read once, front to back, into an HDF5 file beside the source; later runs find it there
+  * the last part of the footage is for validation; no clip crosses that border or the border of an episode
+  * which clips a training step sees is a function of (seed, step): a resumed run sees what it would have seen
+
+The form: `frames` uint8 (N, H, W, 3) RGB; optional `actions` int64 (N,), actions[i] pressed between frames i and i+1;
+optional `episode_starts` int64; attributes fps, game, action_names.
+"""
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import UserError
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken video gets our one line, not the decoder's twenty
+import cv2  # noqa: E402
+
+VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".gif"}
+IN_MEMORY = 2 << 30  # bytes; a larger dataset is read clip by clip from disk
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+class DatasetWriter:
+    """Writes the HDF5 form block by block. The file takes its name only when the `with` block ends without an error."""
+
+    def __init__(self, path, frame_size, with_actions=False, **attributes):
+        self.path = Path(path)
+        self.part = self.path.with_name(self.path.name + ".part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = h5py.File(self.part, "w")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}; choose a place that is writable") from None
+        shape = (*frame_size, 3)
+        # 16 frames a chunk: a clip touches one or two; lzf shrinks game footage about tenfold and unpacks faster than disks read
+        self.frames = self.file.create_dataset(
+            "frames", (0, *shape), maxshape=(None, *shape), dtype="uint8", chunks=(16, *shape), compression="lzf"
+        )
+        self.actions = self.file.create_dataset("actions", (0,), maxshape=(None,), dtype="int64") if with_actions else None
+        self.starts = []
+        self.file.attrs.update(attributes)
+
+    def __len__(self):
+        return len(self.frames)
+
+    def append(self, frames, actions=None):
+        """frames uint8 (n, H, W, 3), actions int64 (n,)."""
+        n = len(self.frames)
+        self.frames.resize(n + len(frames), axis=0)
+        self.frames[n:] = frames
+        if self.actions is not None:
+            self.actions.resize(n + len(frames), axis=0)
+            self.actions[n:] = actions
+
+    def cut_back(self, n):
+        self.frames.resize(n, axis=0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.file["episode_starts"] = np.array(self.starts, dtype="int64")
+        self.file.close()
+        if kind is None:
+            os.replace(self.part, self.path)
+        else:
+            self.part.unlink()
+
+
+def read_video(path, frame_size):
+    """Yield RGB frames (H, W, 3), resized by area. Raises ValueError with the reason if the video is broken."""
+    capture = cv2.VideoCapture(str(path))
+    n, expected = 0, capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    try:
+        while True:
+            ok, frame = capture.read()
+            if not ok:
+                break
+            n += 1
+            frame = cv2.resize(frame, (frame_size[1], frame_size[0]), interpolation=cv2.INTER_AREA)
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+    finally:
+        capture.release()
+    if n == 0:
+        raise ValueError("no frame can be read")
+    if n < 0.9 * expected:  # the count in a header can be an estimate
+        raise ValueError(f"it ends after {n} of {expected:.0f} frames")
+
+
+def convert_videos(videos, out, frame_size):
+    """Videos → one HDF5 file; each video is an episode. A broken one is skipped with a line. Returns `out`."""
+    stamp = json.dumps([frame_size, [(v.name, v.stat().st_size, v.stat().st_mtime_ns) for v in videos]])
+    if out.exists():
+        with h5py.File(out, "r") as file:
+            if file.attrs.get("source") == stamp:
+                return out
+    capture = cv2.VideoCapture(str(videos[0]))
+    fps = capture.get(cv2.CAP_PROP_FPS) or 15.0
+    capture.release()
+    with DatasetWriter(out, frame_size, fps=fps, game=out.stem, source=stamp) as writer:
+        for video in tqdm(videos, desc="reading videos", unit="video", disable=None):
+            start, block = len(writer), []
+            try:
+                for frame in read_video(video, frame_size):
+                    block.append(frame)
+                    if len(block) == 256:
+                        writer.append(block)
+                        block = []
+                if block:
+                    writer.append(block)
+                writer.starts.append(start)
+            except ValueError as reason:
+                writer.cut_back(start)
+                tqdm.write(f"skipped {video.name}: {reason}")
+        if not writer.starts:
+            raise UserError(f"none of the {len(videos)} videos can be read ({videos[0]}, …); convert them to mp4 (H.264)")
+    return out
+
+
+# --- sources -----------------------------------------------------------------------------------------------------
+def dummy_world(n_frames=4000, seed=0):
+    """A world for tests: a still sprite amid a field of coloured tiles that scrolls 2 pixels as told.
+
+    → frames uint8 (n, 64, 64, 3), actions int64 (n,): stay, left, right, up, down.
+    """
+    rng = np.random.default_rng(seed)
+    moves = 2 * np.array([(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)])  # rows, columns
+    actions = rng.integers(len(moves), size=n_frames)
+    corners = np.concatenate([[(0, 0)], np.cumsum(moves[actions[:-1]], axis=0)]) % 128
+    field = cv2.resize(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), (128, 128), interpolation=cv2.INTER_LINEAR)
+    field = np.tile(field, (2, 2, 1))  # the field is a torus: the way never ends
+    frames = np.stack([field[y : y + 64, x : x + 64] for y, x in corners])
+    frames[:, 28:36, 28:36] = (250, 220, 60)
+    return frames, actions
+
+
+def held_actions(rng, n, n_actions):
+    """n random actions, each held for 1-8 steps: a policy that looks at the picture would leave the code nothing to say."""
+    holds = rng.integers(1, 9, size=n)
+    return np.repeat(rng.integers(n_actions, size=n), holds)[:n]
+
+
+@dataclass
+class Footage:
+    """A dataset, opened: frames uint8 (N, H, W, 3), in memory or, if large, on disk; actions (N,) or None."""
+
+    frames: object
+    actions: np.ndarray | None = None
+    episode_starts: tuple = ()
+    action_names: tuple = ()
+    fps: float = 15.0
+    name: str = ""
+
+
+def open_footage(cfg) -> Footage:
+    """What cfg.data_path or cfg.use_dummy_data names, converted first where it is video, with its contents checked."""
+    if cfg.use_dummy_data or cfg.data_type == "dummy":
+        return Footage(*dummy_world(), action_names=("stay", "left", "right", "up", "down"), name="dummy data")
+    if not cfg.data_path:
+        raise UserError("no footage given: use --data-path with a folder, a video or an HDF5 file, or --use-dummy-data")
+    path, suffixes = Path(cfg.data_path), ", ".join(sorted(VIDEO_SUFFIXES))
+    if not path.exists():
+        raise UserError(f"no such file or folder: {path}; check --data-path")
+    kind = cfg.data_type
+    if kind == "auto":
+        kind = "folder" if path.is_dir() else "video" if path.suffix.lower() in VIDEO_SUFFIXES else "h5"
+    if kind != "h5":
+        videos = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES) if kind == "folder" else [path]
+        if not videos:
+            raise UserError(f"no video in {path}; looked for {suffixes}")
+        path = convert_videos(videos, path.with_name(f"{path.name}.{cfg.frame_size}px.h5"), (cfg.frame_size, cfg.frame_size))
+    try:
+        file = h5py.File(path, "r")
+    except OSError:
+        raise UserError(f"{path} is neither a video ({suffixes}) nor a readable HDF5 file; convert it to one of them") from None
+    frames, actions = file.get("frames"), file.get("actions")
+    if not isinstance(frames, h5py.Dataset) or frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        found = f"{frames.dtype} {frames.shape}" if isinstance(frames, h5py.Dataset) else f"only {sorted(file)}"
+        raise UserError(f"{path} must hold a dataset `frames`, uint8 (N, H, W, 3), but has {found}; store RGB frames so")
+    if actions is not None and actions.shape != frames.shape[:1]:
+        raise UserError(f"{path} has {actions.shape} actions for {len(frames)} frames; store one per frame, or none")
+    return Footage(
+        frames[:] if frames.size <= IN_MEMORY else frames,
+        None if actions is None else actions[:].astype(np.int64),
+        file["episode_starts"][:] if "episode_starts" in file else (),
+        tuple(str(name) for name in file.attrs.get("action_names", ())),
+        float(file.attrs.get("fps", 15.0)),
+        str(path),
+    )
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+class Clips:
+    """Clips of `length` frames from one part of the footage: "train" is all but the last `val_fraction`, "val" the rest."""
+
+    def __init__(self, footage, part, length, batch_size=1, seed=0, val_fraction=0.1):
+        self.footage, self.length, self.batch_size, self.seed = footage, length, batch_size, seed
+        n = len(footage.frames)
+        border = max(0, n - max(length, int(n * val_fraction)))
+        low, high = (0, border) if part == "train" else (border, n)
+        edges = [low, *sorted({int(start) for start in footage.episode_starts if low < start < high}), high]
+        self.starts = np.concatenate([np.arange(a, b - length + 1) for a, b in zip(edges, edges[1:])]).astype(int)
+        if len(self.starts) == 0:
+            longest = max(b - a for a, b in zip(edges, edges[1:]))
+            raise UserError(
+                f"{footage.name}: no clip of {length} frames fits into the {part} part, its longest episode has {longest} "
+                f"(of {n} frames in all); use longer footage or a smaller --context-length"
+            )
+        self.n_frames = high - low
+
+    @property
+    def frame_size(self):
+        return list(self.footage.frames.shape[1:3])
+
+    def at(self, starts):
+        """Clips that begin at `starts`: frames uint8 (B, T, H, W, 3), true actions int64 (B, T-1) or None."""
+        frames = torch.from_numpy(np.stack([self.footage.frames[s : s + self.length] for s in starts]))
+        if self.footage.actions is None:
+            return frames, None
+        return frames, torch.from_numpy(np.stack([self.footage.actions[s : s + self.length - 1] for s in starts]))
+
+    def batch(self, step):
+        """The random batch of training step `step`."""
+        return self.at(np.random.default_rng([self.seed, step]).choice(self.starts, self.batch_size))
+
+    def spread(self, n):
+        """Up to n clips, evenly spread over the part, apart by a clip's length where there is room."""
+        n = max(1, min(n, self.n_frames // self.length))
+        return self.at(self.starts[np.linspace(0, len(self.starts) - 1, n).astype(int)])
+
+
+def to_float(frames, device=None):
+    """uint8 (B, T, H, W, 3) → float (B, T, 3, H, W) in [-1, 1] on the device: only bytes travel."""
+    return frames.to(device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+
+
+def to_uint8(frames):
+    """float (…, 3, H, W) in [-1, 1] → uint8 (…, H, W, 3)."""
+    return ((frames + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1)

@@ -1,0 +1,155 @@
+"""Stage 3, the dynamics model: given the tokens so far and an action, the tokens of the next frame.
+
+Training follows Genie (arXiv:2402.15391, §2.1): tokens are masked at a rate drawn from U(0.5, 1) and the masked ones
+predicted with cross-entropy. Decoding is MaskGIT (arXiv:2202.04200, §3.2): all tokens at once, keep the confident ones,
+repeat. Two things are easy to get wrong, and then the actions do nothing or rollouts fall apart:
+  * action t lies between frames t and t+1, so it conditions frame t+1; frame 0 gets a learned "no action"
+  * at play the past is clean. So each clip is shown twice, once clean and once masked: a masked frame looks at itself and
+    at clean earlier frames, never at masked ones (MAGI, arXiv:2501.12389), and every frame trains as it will be played
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.fsq import FiniteScalarQuantizer
+from models.st_transformer import SpatioTemporalPositionalEncoding, SpatioTemporalTransformer, causal_band
+
+
+class DynamicsModel(nn.Module):
+    """tokens (B, T, N) in [0, codebook_size) and actions (B, T-1) in [0, n_actions) → (loss, logs).
+
+    objective "ce" is the model above. "mse" is the article's first trainer (seed 002): the action's latent is added to
+    the frame's latents, and the next frame's latents are regressed; no masks, no sampling, blurred where unsure.
+    """
+
+    def __init__(
+        self, n_patches, levels, n_actions, embed_dim, hidden_dim, n_heads, n_blocks, context_length, objective="ce"
+    ):  # fmt: skip
+        super().__init__()
+        self.objective = objective
+        self.quantizer = FiniteScalarQuantizer(levels)
+        self.mask_index, self.null_action = self.quantizer.codebook_size, n_actions
+        self.positions = SpatioTemporalPositionalEncoding(n_patches, embed_dim)
+        self.embed_action = nn.Embedding(n_actions + 1, embed_dim)
+        if objective == "ce":
+            self.embed = nn.Embedding(self.quantizer.codebook_size + 1, embed_dim)
+            self.head = nn.Linear(embed_dim, self.quantizer.codebook_size)
+        else:
+            self.embed = nn.Linear(len(levels), embed_dim)
+            self.head = nn.Linear(embed_dim, len(levels))
+        cond_dim = embed_dim if objective == "ce" else None
+        self.transformer = SpatioTemporalTransformer(embed_dim, hidden_dim, n_heads, n_blocks, context_length, cond_dim)
+
+    def forward(self, tokens, actions):
+        if self.objective == "mse":
+            return self._mse(tokens, actions)
+        B, T, N = tokens.shape
+        rate = 0.5 + 0.5 * torch.rand(B, T - 1, 1, device=tokens.device)  # U(0.5, 1), per frame
+        masked = torch.rand(B, T - 1, N, device=tokens.device) < rate  # (B, T-1, N); the first frame is never masked
+        logits = self.masked_logits(tokens, actions, masked)
+        targets = tokens[:, 1:]
+        loss = F.cross_entropy(logits[masked].float(), targets[masked])
+        right = logits.detach().argmax(-1) == targets
+        changed = masked & (targets != tokens[:, :-1])  # still patches are right for free
+        accuracy = (right & changed).sum() / changed.sum().clamp_min(1)
+        return loss, {"accuracy_changing": accuracy, "accuracy": (right & masked).sum() / masked.sum().clamp_min(1)}
+
+    def masked_logits(self, tokens, actions, masked):
+        """Logits (B, T-1, N, codebook_size) of frames 1 … T-1, each seen through masked (B, T-1, N), pasts clean."""
+        B, T, N = tokens.shape
+        hidden = tokens[:, 1:].masked_fill(masked, self.mask_index)
+        twice = torch.cat([tokens[:, :-1], hidden], dim=1)  # (B, 2(T-1), N): clean 0 … T-2, masked 1 … T-1
+        null = torch.full_like(actions[:, :1], self.null_action)
+        cond = self.embed_action(torch.cat([null, actions[:, :-1], actions], dim=1))  # (B, 2(T-1), E)
+        frame = torch.arange(T, device=tokens.device)
+        times = torch.cat([frame[:-1], frame[1:]])
+        past = causal_band(T, T, self.transformer.context_length, tokens.device)
+        before = past.tril(-1)  # a masked frame must not find its own answer in the clean copy
+        self_only = torch.eye(T - 1, dtype=torch.bool, device=tokens.device)
+        clean_rows = torch.cat([past[:-1, :-1], torch.zeros_like(self_only)], dim=1)
+        masked_rows = torch.cat([before[1:, :-1], self_only], dim=1)
+        x = self.positions(self.embed(twice))  # (B, 2(T-1), N, E)
+        x = self.transformer(x, cond, times, torch.cat([clean_rows, masked_rows]))
+        return self.head(x[:, T - 1 :])
+
+    def _mse(self, tokens, actions):
+        target = self.quantizer.indices_to_codes(tokens[:, 1:])  # (B, T-1, N, D)
+        predicted = self._next_latents(tokens[:, :-1], actions).float()
+        right = self.quantizer.codes_to_indices(self._snap(predicted.detach())) == tokens[:, 1:]
+        changed = tokens[:, 1:] != tokens[:, :-1]
+        logs = {"accuracy_changing": (right & changed).sum() / changed.sum().clamp_min(1), "accuracy": right.float().mean()}
+        return F.mse_loss(predicted, target), logs
+
+    def _next_latents(self, tokens, actions, cache=None):
+        """Frames t (B, T, N) and the actions that follow them (B, T) → latents of frames t+1 (B, T, N, D)."""
+        x = self.positions(self.embed(self.quantizer.indices_to_codes(tokens)))
+        x = x + self.embed_action(actions).unsqueeze(2)
+        return self.head(self.transformer(x, cache=cache, finished=True))
+
+    def _snap(self, latents):
+        """The nearest point of the FSQ grid."""
+        half = (self.quantizer.levels - 1) / 2
+        return ((latents.clamp(-1, 1) + 1) * half).round() / half - 1
+
+    def new_cache(self):
+        return self.transformer.new_cache()
+
+    @torch.no_grad()
+    def prefill(self, tokens, actions, cache):
+        """Begin with a history: tokens (B, T, N) of frames 0 … T-1 and actions (B, T+1), actions[t] led to frame t."""
+        if self.objective == "mse":
+            self._next_latents(tokens, actions[:, 1:], cache)
+        else:
+            self._finish(tokens, actions[:, :-1], cache)
+
+    def _finish(self, tokens, actions, cache):
+        self.transformer(self.positions(self.embed(tokens)), self.embed_action(actions), cache=cache, finished=True)
+
+    @torch.no_grad()
+    def next_frame(self, last, last_action, action, cache, steps=8, temperature=1.0, generator=None):
+        """One frame of play. last (B, N) with the action that led to it (B,), and the action now (B,) → tokens (B, N).
+
+        The cache holds the frames before `last`, which this call finishes. steps: MaskGIT passes; temperature 0 is
+        greedy and deterministic, otherwise the tokens are sampled with `generator`.
+        """
+        if self.objective == "mse":
+            latents = self._next_latents(last.unsqueeze(1), action.unsqueeze(1), cache)[:, 0]
+            return self.quantizer.codes_to_indices(self._snap(latents.float()))
+        self._finish(last.unsqueeze(1), last_action.unsqueeze(1), cache)
+        cond = self.embed_action(action).unsqueeze(1)  # (B, 1, E)
+
+        def logits_of(tokens):  # (B, N) → (B, N, codebook_size)
+            x = self.positions(self.embed(tokens.unsqueeze(1)))
+            return self.head(self.transformer(x, cond, cache=cache))[:, 0].float()
+
+        return maskgit_decode(logits_of, torch.full_like(last, self.mask_index), self.mask_index, steps, temperature, generator)
+
+
+def maskgit_decode(logits_of, tokens, mask_index, steps, temperature=1.0, generator=None):
+    """Fill every mask_index in tokens (B, N) in `steps` passes; what is filled, or was given, is never changed.
+
+    After pass k of K a share cos(π/2·k/K) of the tokens is still masked (MaskGIT §3.3). Which tokens stay is decided
+    by their log-probability plus Gumbel noise that fades out, as in the reference code: pure confidence order clusters.
+    """
+    B, N = tokens.shape
+    for k in range(1, steps + 1):
+        logits = logits_of(tokens)  # (B, N, codebook_size)
+        if temperature > 0:
+            logits = logits / temperature
+            uniform = torch.rand(logits.shape, device=logits.device, generator=generator).clamp_min(1e-9)
+            sampled = (logits - torch.log(-torch.log(uniform))).argmax(-1)  # Gumbel-max: a sample without a sync
+        else:
+            sampled = logits.argmax(-1)
+        confidence = logits.log_softmax(-1).gather(-1, sampled.unsqueeze(-1)).squeeze(-1)  # (B, N)
+        if temperature > 0:
+            uniform = torch.rand(confidence.shape, device=logits.device, generator=generator).clamp_min(1e-9)
+            confidence = confidence - temperature * (1 - k / steps) * torch.log(-torch.log(uniform))
+        known = tokens != mask_index
+        confidence = confidence.masked_fill(known, float("inf"))
+        filled = torch.where(known, tokens, sampled)
+        still_masked = 0 if k == steps else math.floor(N * math.cos(math.pi / 2 * k / steps))
+        rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the most confident
+        tokens = torch.where((rank < N - still_masked) | known, filled, mask_index)
+    return tokens

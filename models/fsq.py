@@ -1,0 +1,51 @@
+"""Finite scalar quantization (FSQ): a codebook that is a grid, so there is nothing to learn, to reset or to balance.
+
+Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", arXiv:2309.15505, §3.
+Each of the D numbers of a latent is squashed to (-1, 1) and rounded to one of L evenly spaced levels; the codebook is
+the product of the levels (4·4·4·4·4 = 1,024). The paper shifts even grids by half a step so that 0 becomes a level;
+here the grid stays symmetric, because with two levels the shifted one is {-1, 0} and an action bit should be a sign.
+"""
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def round_straight_through(x):
+    """Round x forwards; backwards act as the identity: x + stopgrad(round(x) - x) (§3, eq. for the STE)."""
+    return x + (x.round() - x).detach()
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """z (..., D), any real numbers → codes (..., D) in [-1, 1], D = len(levels). It has no parameters.
+
+    Raises ValueError unless every level is an integer of at least 2.
+    """
+
+    def __init__(self, levels: Sequence[int]):
+        super().__init__()
+        if not levels or any(level != int(level) or level < 2 for level in levels):
+            raise ValueError(f"FSQ levels must be integers of at least 2, got {list(levels)}")
+        self.codebook_size = math.prod(levels)
+        basis = [math.prod(levels[:i]) for i in range(len(levels))]  # mixed radix: 4·4·4 → 1, 4, 16
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.register_buffer("basis", torch.tensor(basis), persistent=False)
+
+    def bound(self, z):
+        """(..., D) → (..., D) in (-1, 1), in float32: bfloat16 could not tell the levels of a fine grid apart."""
+        return torch.tanh(z.float())
+
+    def forward(self, z):
+        half = (self.levels - 1) / 2  # L levels lie at 0 … L-1, centred on `half`
+        return round_straight_through((self.bound(z) + 1) * half) / half - 1
+
+    def codes_to_indices(self, codes):
+        """codes (..., D) on the grid → indices (...) in [0, codebook_size)."""
+        digits = ((codes + 1) * (self.levels - 1) / 2).round().long()
+        return (digits * self.basis).sum(-1)
+
+    def indices_to_codes(self, indices):
+        """indices (...) in [0, codebook_size) → codes (..., D) in [-1, 1]; the inverse of codes_to_indices."""
+        digits = indices.unsqueeze(-1) // self.basis % self.levels
+        return digits / ((self.levels - 1) / 2) - 1

@@ -1,0 +1,144 @@
+"""Stage 2, the latent action model: discover, without labels, a few actions that explain what changes in a video.
+
+Genie (arXiv:2402.15391, §2.1). The encoder looks at frames t and t+1 and emits one of n_actions codes; the decoder must
+predict frame t+1 from the past and that code. Only what helps to predict the change survives the bottleneck. After
+training the decoder is dropped: the encoder labels the video, and a player's keys take its place.
+
+What keeps the codes alive, each measured on the dummy world:
+  * the encoder sees both frames of a pair in each patch (`pairs`); the article compares pooled frames instead
+  * the decoder predicts the change, starting from zero: at step 0 it already equals "copy the last frame"
+  * the loss is counted in units of that copy's error, so the same weights serve a still game and a moving camera
+  * pre-quantised actions are scaled to unit RMS, which keeps tanh out of saturation
+  * in training half of the action bits pass unrounded, so that gradients know which way a code should move
+  * a bonus on the entropy of the joint code spreads its use; the article's variance penalty stays as a safety net
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.fsq import FiniteScalarQuantizer
+from models.patch_embed import PatchEmbedding, PatchUnembedding
+from models.st_transformer import SpatioTemporalPositionalEncoding, SpatioTemporalTransformer
+
+
+class LatentActionsEncoder(nn.Module):
+    """frames (B, T, 3, H, W) → one vector per transition (B, T-1, out_dim). Causal: vector t has seen frames ≤ t+1."""
+
+    def __init__(self, frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length, out_dim, pairs=True):
+        super().__init__()
+        n_patches = (frame_size[0] // patch_size) * (frame_size[1] // patch_size)
+        self.pairs = pairs
+        self.embed = PatchEmbedding(patch_size, embed_dim, channels=6 if pairs else 3)
+        self.positions = SpatioTemporalPositionalEncoding(n_patches, embed_dim)
+        self.transformer = SpatioTemporalTransformer(embed_dim, hidden_dim, n_heads, n_blocks, context_length)
+        self.action_head = nn.Linear(2 * embed_dim, out_dim)
+
+    def forward(self, frames):
+        if self.pairs:  # the frame, and the change that follows it, in one patch
+            frames = torch.cat([frames[:, :-1], frames[:, 1:] - frames[:, :-1]], dim=2)  # (B, T-1, 6, H, W)
+        tokens = self.transformer(self.positions(self.embed(frames)))  # (B, T-1 or T, N, E)
+        if self.pairs:  # the mean hears a moving camera, the maximum a small sprite
+            pooled = torch.cat([tokens.mean(dim=2), tokens.amax(dim=2)], dim=-1)  # (B, T-1, 2E)
+        else:
+            means = tokens.mean(dim=2)
+            pooled = torch.cat([means[:, :-1], means[:, 1:]], dim=-1)  # (B, T-1, 2E)
+        return self.action_head(pooled)  # (B, T-1, out_dim)
+
+
+class LatentActionsDecoder(nn.Module):
+    """frames 0 … T-2 (B, T-1, 3, H, W) and actions (B, T-1, A) → prediction of frames 1 … T-1 (B, T-1, 3, H, W).
+
+    The transformer sees each patch with probability keep_rate, and the first frame always; the rest are mask tokens.
+    0 is the article's choice: first frame and actions only. 1 is Genie's: the whole history.
+    """
+
+    def __init__(
+        self, frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length, action_dim, keep_rate
+    ):
+        super().__init__()
+        n_patches = (frame_size[0] // patch_size) * (frame_size[1] // patch_size)
+        self.keep_rate = keep_rate
+        self.embed = PatchEmbedding(patch_size, embed_dim)
+        self.embed_action = nn.Linear(action_dim, embed_dim)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(embed_dim))
+        self.positions = SpatioTemporalPositionalEncoding(n_patches, embed_dim)
+        self.transformer = SpatioTemporalTransformer(embed_dim, hidden_dim, n_heads, n_blocks, context_length)
+        self.frame_head = PatchUnembedding(patch_size, embed_dim, frame_size)
+        nn.init.zeros_(self.frame_head.project.weight)
+        nn.init.zeros_(self.frame_head.project.bias)
+
+    def mask(self, tokens):
+        """Replace tokens (B, T-1, N, E) by the mask token, except in the first frame and at the kept places."""
+        keep = torch.rand(tokens.shape[:3], device=tokens.device) < self.keep_rate  # (B, T-1, N)
+        keep[:, 0] = True
+        return torch.where(keep.unsqueeze(-1), tokens, self.mask_token.to(tokens.dtype))
+
+    def forward(self, frames, actions):
+        # The article masks in training only; unmasked frames would then be new to the decoder at evaluation.
+        tokens = self.positions(self.mask(self.embed(frames)))  # (B, T-1, N, E)
+        tokens = tokens + self.embed_action(actions).unsqueeze(2)
+        return frames + self.frame_head(self.transformer(tokens)).float()
+
+
+class LatentActionModel(nn.Module):
+    """frames (B, T, 3, H, W) in [-1, 1] → actions (B, T-1) in [0, n_actions); actions[t] lies between frames t and t+1.
+
+    Raises ValueError unless n_actions is a power of two (each of its A = log2(n_actions) dimensions has two levels).
+    """
+
+    def __init__(
+        self, frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length,
+        n_actions=8, pairs=True, keep_rate=1.0, entropy_lambda=0.25, var_target=0.2, var_lambda=1.0,
+    ):  # fmt: skip
+        super().__init__()
+        if n_actions < 2 or n_actions & (n_actions - 1):
+            raise ValueError(f"n_actions must be a power of two (2, 4, 8, …), got {n_actions}")
+        action_dim = n_actions.bit_length() - 1
+        sizes = (frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length)
+        self.n_actions = n_actions
+        self.entropy_lambda, self.var_target, self.var_lambda = entropy_lambda, var_target, var_lambda
+        self.encoder = LatentActionsEncoder(*sizes, action_dim, pairs)
+        self.quantizer = FiniteScalarQuantizer([2] * action_dim)
+        self.decoder = LatentActionsDecoder(*sizes, action_dim, keep_rate)
+
+    def latents(self, frames):
+        """frames → pre-quantised actions (B, T-1, A), each vector with a mean square of 1."""
+        z = self.encoder(frames).float()
+        return F.rms_norm(z, z.shape[-1:])
+
+    def collapse_penalty(self, soft_bits):
+        """soft_bits (B, T-1, A) in (-1, 1): the article's variance penalty minus the entropy bonus, a scalar."""
+        soft_bits = soft_bits.flatten(0, 1)  # (M, A)
+        variance = soft_bits.var(dim=0)
+        codes = self.quantizer.indices_to_codes(torch.arange(self.n_actions, device=soft_bits.device))  # (n_actions, A)
+        share = ((1 + soft_bits.unsqueeze(1) * codes) / 2).prod(dim=-1).mean(dim=0)  # (n_actions,), sums to 1
+        # Bit by bit all may look well while two bits say the same; the entropy of the joint code sees that.
+        entropy = -(share * share.clamp_min(1e-9).log()).sum()
+        return self.var_lambda * F.relu(self.var_target - variance).mean() - self.entropy_lambda * entropy
+
+    def forward(self, frames):
+        """frames → (loss, logs): squared error relative to copying the last frame, codes used, variance of the bits."""
+        latents = self.latents(frames)
+        codes = self.quantizer(latents)  # (B, T-1, A), ±1
+        actions = codes
+        if self.training:
+            soft = torch.rand_like(codes) < 0.5
+            actions = torch.where(soft, self.quantizer.bound(latents), codes)
+        error = F.mse_loss(self.decoder(frames[:, :-1], actions), frames[:, 1:])
+        copy_error = F.mse_loss(frames[:, :-1], frames[:, 1:]).clamp_min(1e-8)  # a still clip has none
+        soft_bits = self.quantizer.bound(latents)
+        loss = error / copy_error + self.collapse_penalty(soft_bits)
+        logs = {
+            "error_over_copy": (error / copy_error).detach(),
+            "codes_used": self.quantizer.codes_to_indices(codes.detach()).unique().numel(),
+            "bit_variance": soft_bits.detach().flatten(0, 1).var(dim=0).mean(),
+        }
+        return loss, logs
+
+    def infer(self, frames):
+        """frames (B, T, 3, H, W) → action indices (B, T-1)."""
+        return self.quantizer.codes_to_indices(self.quantizer(self.latents(frames)))
+
+    def predict(self, frames):
+        """frames (B, T, 3, H, W) → the decoder's frames 1 … T-1 (B, T-1, 3, H, W), from the inferred actions."""
+        return self.decoder(frames[:, :-1], self.quantizer(self.latents(frames))).clamp(-1, 1)

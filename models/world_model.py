@@ -1,0 +1,84 @@
+"""A world to play: the three trained stages behind `reset` and `step`. It owns no network of its own.
+
+A step costs the same for frame 10 and frame 10,000: both transformers that run at play keep the keys and values of their
+last context_length - 1 finished frames and compute only the new one. This equals one pass over the whole history with a
+causal band of context_length frames in every layer. Clips in training are one band long, so beyond that age a cached
+frame has indirectly seen more past than any frame in training had; nothing else changes.
+"""
+from pathlib import Path
+
+import torch
+
+from models.checkpoint import CheckpointError, build_model, check_fit, load_checkpoint
+
+
+class WorldModel:
+    """tokenizer, lam and dynamics in evaluation mode; lam is None when the dynamics was trained on true actions.
+
+    start_frames uint8 (n, T, H, W, 3), if any, are places to begin from that travel with the world.
+    """
+
+    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, steps=8, temperature=1.0, seed=0):
+        self.tokenizer, self.lam, self.dynamics = tokenizer, lam, dynamics
+        self.start_frames, self.steps, self.temperature = start_frames, steps, temperature
+        self.n_actions = dynamics.null_action
+        self.action_names = action_names or [str(i) for i in range(self.n_actions)]
+        self.frame_size = list(tokenizer.frame_size)
+        self.device = next(tokenizer.parameters()).device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    @classmethod
+    def load(cls, path, device="cpu", **settings):
+        """The world in folder `path` (tokenizer.pt, lam.pt, dynamics.pt). Raises CheckpointError if they do not fit."""
+        path = Path(path)
+        files = {stage: path / f"{stage}.pt" for stage in ("tokenizer", "lam", "dynamics")}
+        if not path.is_dir():
+            raise CheckpointError(f"no world at {path}: it must be a folder with tokenizer.pt, lam.pt and dynamics.pt")
+        dynamics = load_checkpoint(files["dynamics"], "dynamics")
+        stages = ["tokenizer"] + ["lam"] * ("lam" in dynamics["inputs"])
+        loaded = {stage: load_checkpoint(files[stage], stage) for stage in stages}
+        check_fit(loaded["tokenizer"], loaded.get("lam"), dynamics)
+        models = {s: build_model(c, files[s]).to(device) for s, c in {**loaded, "dynamics": dynamics}.items()}
+        names = dynamics["action_names"] if "lam" not in models else None
+        return cls(models["tokenizer"], models.get("lam"), models["dynamics"], dynamics["start_frames"], names, **settings)
+
+    @torch.no_grad()
+    def reset(self, frames, actions=None):
+        """Begin after `frames`: uint8 (H, W, 3), (T, H, W, 3) or, for B worlds at once, (B, T, H, W, 3).
+
+        actions (B, T-1) lie between them; without any the LAM infers them. Raises ValueError for frames of another size.
+        """
+        frames = torch.as_tensor(frames, device=self.device)
+        self.single = frames.ndim < 5
+        while frames.ndim < 5:
+            frames = frames.unsqueeze(0)
+        if list(frames.shape[2:]) != [*self.frame_size, 3]:
+            raise ValueError(f"this world has frames of {[*self.frame_size, 3]}, not {list(frames.shape[2:])}")
+        video = frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (B, T, 3, H, W)
+        B, T = video.shape[:2]
+        if actions is None and T > 1 and self.lam is not None:
+            actions = self.lam.infer(video)
+        if actions is None:  # nothing known about how these frames came about
+            actions = torch.full((B, T - 1), self.dynamics.null_action, device=self.device)
+        tokens = self.tokenizer.encode(video)  # (B, T, N)
+        self.pixel_cache, self.cache = self.tokenizer.new_cache(), self.dynamics.new_cache()
+        self.tokenizer.decode(tokens, self.pixel_cache)
+        actions = torch.as_tensor(actions, device=self.device)
+        led_to = torch.cat([torch.full_like(tokens[:, :1, 0], self.dynamics.null_action), actions], dim=1)  # (B, T)
+        if T > 1:
+            self.dynamics.prefill(tokens[:, :-1], led_to, self.cache)
+        self.last, self.last_action = tokens[:, -1], led_to[:, -1]
+
+    @torch.no_grad()
+    def step(self, action):
+        """action: an int or, for B worlds, (B,) → the next frame, uint8 (H, W, 3) or (B, H, W, 3), on the CPU."""
+        action = torch.as_tensor(action, device=self.device).reshape(-1).expand(len(self.last))
+        if action.min() < 0 or action.max() >= self.n_actions:
+            raise ValueError(f"action {action.tolist()[0]} is not one of 0 … {self.n_actions - 1}")
+        tokens = self.dynamics.next_frame(
+            self.last, self.last_action, action, self.cache, self.steps, self.temperature, self.generator
+        )
+        self.last, self.last_action = tokens, action
+        frames = self.tokenizer.decode(tokens.unsqueeze(1), self.pixel_cache)[:, 0]  # (B, 3, H, W)
+        frames = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return frames[0] if self.single else frames

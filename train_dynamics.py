@@ -1,0 +1,144 @@
+"""Stage 3: train the dynamics model on the tokens of stage 1 and the actions of stage 2.
+
+In:   footage, OUT/tokenizer.pt and OUT/lam.pt (or --video-tokenizer-path, --lam-path).
+Out:  OUT/dynamics.pt; in OUT/dynamics/: metrics.jsonl, loss.png and pictures (truth over context and prediction).
+
+    python train_dynamics.py --data-path data/pong.h5 --out checkpoints/pong
+    python train_dynamics.py --data-path data/pong.h5 --out checkpoints/pong --objective mse    # the trainer of seed 002
+    python train_dynamics.py --data-path data/pong.h5 --out checkpoints/true --actions true \\
+        --video-tokenizer-path checkpoints/pong/tokenizer.pt    # the skyline: real buttons instead of latent actions
+
+Both earlier stages stay frozen and run on each batch; masks, loss and decoding are in models/dynamics.py.
+"""
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import DynamicsConfig, UserError, parse_config, print_user_errors
+from data_utils import open_footage, to_float
+from models.checkpoint import build_model, check_fit, fingerprint, load_checkpoint
+from models.dynamics import DynamicsModel
+from models.world_model import WorldModel
+from pictures import grid, save_png
+from train_utils import Run, count_updates, open_clips, rate_at, set_up, validation_logs
+
+
+def load_frozen(cfg, clips, device):
+    """Stages 1 and 2 as cfg names them. → (tokenizer, LAM or None for true actions, sizes for the model, checkpoints by file)."""
+    files = {"tokenizer": Path(cfg.video_tokenizer_path or Path(cfg.out) / "tokenizer.pt")}
+    if cfg.actions == "latent":
+        files["lam"] = Path(cfg.lam_path or Path(cfg.out) / "lam.pt")
+    elif clips.footage.actions is None:
+        raise UserError(f"--actions true, but {cfg.data_path} has no recorded actions; leave it out to use latent ones")
+    saved = {stage: load_checkpoint(path, stage) for stage, path in files.items()}
+    check_fit(saved["tokenizer"], saved.get("lam"))
+    sizes = saved["tokenizer"]["model_args"]
+    if sizes["frame_size"] != clips.frame_size:
+        raise UserError(f"{files['tokenizer']} is for frames of {sizes['frame_size']}, the footage has {clips.frame_size}")
+    (H, W), P = sizes["frame_size"], sizes["patch_size"]
+    n_actions = saved["lam"]["model_args"]["n_actions"] if "lam" in saved else int(clips.footage.actions.max()) + 1
+    model_sizes = dict(n_patches=(H // P) * (W // P), levels=sizes["levels"], n_actions=n_actions)
+    models = {stage: build_model(checkpoint, files[stage]).to(device) for stage, checkpoint in saved.items()}
+    return models["tokenizer"], models.get("lam"), model_sizes, {files[stage]: saved[stage] for stage in saved}
+
+
+def rollout_picture(world, frames, actions):
+    """Per clip of frames uint8 (B, T, H, W, 3): the truth, and below it the first half, played on with its actions."""
+    T = frames.shape[1]
+    world.reset(frames[:, : T // 2], actions[:, : T // 2 - 1])
+    played = np.stack([world.step(actions[:, t - 1]) for t in range(T // 2, T)], axis=1)  # (B, T - T//2, H, W, 3)
+    below = np.concatenate([frames[:, : T // 2], played], axis=1)
+    return grid([row for pair in zip(frames, below) for row in pair])
+
+
+def main(argv=None):
+    # --- settings and set-up
+    cfg = parse_config(DynamicsConfig, "dynamics", __doc__, argv)
+    device, autocast = set_up(cfg)
+
+    # --- data
+    train, val = open_clips(open_footage(cfg), cfg)
+
+    # --- frozen stages
+    tokenizer, lam, sizes, frozen = load_frozen(cfg, train, device)
+
+    def batch_of(clips, step):
+        frames, buttons = clips.batch(step)
+        frames = to_float(frames, device)  # (B, T, 3, H, W)
+        with torch.no_grad(), autocast:
+            actions = lam.infer(frames) if lam else buttons.to(device)  # (B, T-1)
+            return tokenizer.encode(frames), actions  # (B, T, N)
+
+    # --- model
+    model_args = dict(
+        **sizes, embed_dim=cfg.embed_dim, hidden_dim=cfg.hidden_dim, n_heads=cfg.n_heads, n_blocks=cfg.n_blocks,
+        context_length=cfg.context_length, objective=cfg.objective,
+    )  # fmt: skip
+    model = DynamicsModel(**model_args).to(device)
+    network = torch.compile(model) if cfg.compile else model
+    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {sizes['n_actions']} {cfg.actions} actions")
+
+    # --- optimizer and schedule
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+
+    def trial():
+        with autocast:
+            loss, _ = network(*batch_of(train, 0))
+        loss.backward()
+        optimizer.zero_grad()
+
+    n_updates = count_updates(cfg, train, trial)
+    val_batches = [batch_of(val, i) for i in range(4)]
+
+    # --- output folder and resume
+    run = Run(cfg, "dynamics")
+    first, n_updates = run.open(model, optimizer, n_updates)
+    done = first
+    for path, checkpoint in frozen.items():  # a world is complete: bring stages that were trained elsewhere
+        home = Path(cfg.out) / f"{checkpoint['stage']}.pt"
+        if path.resolve() != home.resolve():
+            shutil.copyfile(path, home)
+    more = dict(
+        model_args=model_args, inputs={c["stage"]: fingerprint(c) for c in frozen.values()}, fps=train.footage.fps,
+        start_frames=val.spread(8)[0], action_names=list(train.footage.action_names) if not lam else None,
+    )  # fmt: skip
+
+    # --- loop
+    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc="dynamics", mininterval=1)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, n_updates, cfg)
+        with autocast:
+            loss, logs = network(*batch_of(train, step))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        last = done == n_updates or run.stopped
+        if done % 10 == 0 or last:
+            run.log(done, loss=loss.detach(), grad_norm=norm, **logs)
+            bar.set_postfix_str(f"loss {loss:.4f}, {logs['accuracy_changing']:.2f} of changed tokens", refresh=False)
+        if done % cfg.sample_every == 0 or last:
+            with torch.no_grad(), autocast:
+                run.log(done, **validation_logs(network, val_batches))
+            world = WorldModel(tokenizer, lam, model.eval(), steps=cfg.steps, temperature=cfg.temperature)
+            picture = rollout_picture(world, val.batch(0)[0][:4], val_batches[0][1][:4])
+            save_png(picture, run.folder / f"step_{done:06d}.png")
+            model.train()
+        if done % cfg.save_every == 0 or last:
+            run.save(model, optimizer, done, n_updates, **more)
+        if run.stopped:
+            break
+
+    # --- finish
+    run.finish(done, n_updates, f"python play.py --checkpoint {cfg.out}")
+
+
+if __name__ == "__main__":
+    print_user_errors()
+    main()

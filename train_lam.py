@@ -1,0 +1,96 @@
+"""Stage 2: train the latent action model.
+
+In:   footage; recorded buttons, if the footage has any, are not looked at.
+Out:  OUT/lam.pt; in OUT/lam/: metrics.jsonl, loss.png and pictures (frames, predictions of the next, the next).
+
+    python train_lam.py --data-path data/pong.h5 --out checkpoints/pong
+    python train_lam.py --data-path videos/ --out checkpoints/mine --n-actions 16
+    python train_lam.py --use-dummy-data --out checkpoints/dummy --preset tiny --keep-rate 0    # as in the article
+
+Watch error_over_copy (below 1: the actions explain something) and codes_used (n_actions: no collapse).
+"""
+import torch
+from tqdm import tqdm
+
+from config import LatentActionConfig, parse_config, print_user_errors
+from data_utils import open_footage, to_float, to_uint8
+from models.latent_action_model import LatentActionModel
+from pictures import grid, save_png
+from train_utils import Run, count_updates, open_clips, rate_at, set_up, validation_logs
+
+
+def main(argv=None):
+    # --- settings and set-up
+    cfg = parse_config(LatentActionConfig, "lam", __doc__, argv)
+    device, autocast = set_up(cfg)
+
+    # --- data
+    train, val = open_clips(open_footage(cfg), cfg)
+
+    def batch_of(clips, step):
+        frames, _ = clips.batch(step)
+        return (to_float(frames, device),)  # (B, T, 3, H, W)
+
+    # --- model
+    model_args = dict(
+        frame_size=train.frame_size, patch_size=cfg.patch_size, embed_dim=cfg.embed_dim, hidden_dim=cfg.hidden_dim,
+        n_heads=cfg.n_heads, n_blocks=cfg.n_blocks, context_length=cfg.context_length, n_actions=cfg.n_actions,
+        pairs=cfg.encoder == "pairs", keep_rate=cfg.keep_rate, entropy_lambda=cfg.entropy_lambda,
+        var_target=cfg.var_target, var_lambda=cfg.var_lambda,
+    )  # fmt: skip
+    model = LatentActionModel(**model_args).to(device)
+    network = torch.compile(model) if cfg.compile else model
+    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.n_actions} latent actions")
+
+    # --- optimizer and schedule
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+
+    def trial():
+        with autocast:
+            loss, _ = network(*batch_of(train, 0))
+        loss.backward()
+        optimizer.zero_grad()
+
+    n_updates = count_updates(cfg, train, trial)
+    val_batches = [batch_of(val, i) for i in range(4)]
+
+    # --- output folder and resume
+    run = Run(cfg, "lam")
+    first, n_updates = run.open(model, optimizer, n_updates)
+    done = first
+
+    # --- loop
+    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc="lam", mininterval=1)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, n_updates, cfg)
+        with autocast:
+            loss, logs = network(*batch_of(train, step))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        last = done == n_updates or run.stopped
+        if done % 10 == 0 or last:
+            run.log(done, loss=loss.detach(), grad_norm=norm, **logs)
+            bar.set_postfix_str(f"loss {loss:.3f}, {logs['error_over_copy']:.2f} of copy, {logs['codes_used']} codes", refresh=False)
+        if done % cfg.sample_every == 0 or last:
+            frames = val_batches[0][0][:8]
+            with torch.no_grad(), autocast:
+                run.log(done, **validation_logs(network, val_batches))
+                predicted = model.predict(frames)
+            save_png(grid([to_uint8(f[:, -1]) for f in (frames[:, :-1], predicted, frames)]), run.folder / f"step_{done:06d}.png")
+        if done % cfg.save_every == 0 or last:
+            run.save(model, optimizer, done, n_updates, model_args=model_args)
+        if run.stopped:
+            break
+
+    # --- finish
+    run.finish(done, n_updates, f"python train_dynamics.py {run.data_option} --out {cfg.out}")
+
+
+if __name__ == "__main__":
+    print_user_errors()
+    main()

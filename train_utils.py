@@ -1,0 +1,155 @@
+"""What surrounds the training loop: device and dtype, the budget, the rate, the log, an interrupt. Nothing that learns."""
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from config import UserError
+from data_utils import Clips
+from models.checkpoint import load_checkpoint, save_checkpoint
+from pictures import save_curves
+
+
+def set_up(cfg):
+    """Seed everything; → (device, autocast context to run the model in)."""
+    torch.manual_seed(cfg.seed)
+    device = torch.device(cfg.device)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(cfg.dtype) or fast_dtype(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device, torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def fast_dtype(device):
+    """bfloat16 where a matrix product in it is clearly faster: any recent GPU, but only some CPUs (AVX512-BF16, AMX)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        a @ a
+        began = time.perf_counter()
+        for _ in range(10):
+            a @ a
+        seconds[dtype] = time.perf_counter() - began
+    return torch.bfloat16 if seconds[torch.bfloat16] < 0.67 * seconds[torch.float32] else torch.float32
+
+
+def open_clips(footage, cfg):
+    """Training and validation clips of the footage, once its frames are known to divide into patches."""
+    train = Clips(footage, "train", cfg.context_length, cfg.batch_size, cfg.seed)
+    val = Clips(footage, "val", cfg.context_length, cfg.batch_size, cfg.seed)
+    H, W = train.frame_size
+    if H % cfg.patch_size or W % cfg.patch_size:
+        raise UserError(f"frames of {H}×{W} pixels do not divide into --patch-size {cfg.patch_size}; use a divisor of both sides")
+    print(f"data: {train.n_frames:,} frames of {H}×{W} to train on, {val.n_frames:,} to validate; {len(train.starts):,} clips")
+    return train, val
+
+
+def count_updates(cfg, train, trial):
+    """The budget as a number of updates. For --minutes, `trial()` (a forward and backward pass) is timed once."""
+    if cfg.n_updates:
+        return cfg.n_updates
+    if cfg.num_epochs:
+        return math.ceil(cfg.num_epochs * train.n_frames / (cfg.batch_size * cfg.context_length))
+    seconds = []
+    with torch.random.fork_rng():  # the trial must not change what follows
+        for _ in range(12):
+            began = time.perf_counter()
+            trial()
+            if cfg.device != "cpu":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    typical = sorted(seconds[2:])[5]
+    return max(1, int(60 * cfg.minutes / (1.1 * typical)))  # a tenth for optimizer, validation and pictures
+
+
+def rate_at(step, n_updates, cfg):
+    """Learning rate: 50 steps of linear warm-up, then linear decay to a twentieth."""
+    return cfg.learning_rate * min((step + 1) / 50, 1 - 0.95 * step / n_updates)
+
+
+@torch.no_grad()
+def validation_logs(model, batches):
+    """The mean of loss and logs over a fixed list of batches, with the same masks every time."""
+    model.eval()
+    total = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for batch in batches:
+            loss, logs = model(*batch)
+            for name, value in {"loss": loss, **logs}.items():
+                total[f"val_{name}"] = total.get(f"val_{name}", 0.0) + float(value) / len(batches)
+    model.train()
+    return total
+
+
+class Run:
+    """The output of one stage: the checkpoint out/stage.pt; metrics.jsonl, curves and pictures in out/stage/."""
+
+    def __init__(self, cfg, stage):
+        self.cfg, self.stage = cfg, stage
+        self.folder, self.path = Path(cfg.out) / stage, Path(cfg.out) / f"{stage}.pt"
+        self.stopped, self.lines = False, []
+        self.data_option = "--use-dummy-data" if cfg.use_dummy_data else f"--data-path {cfg.data_path}"  # for the next command
+
+    def open(self, model, optimizer, n_updates):
+        """Create the folder; with --resume restore everything. → (first step, number of updates)."""
+        step = 0
+        if self.cfg.resume:
+            saved = load_checkpoint(self.path, self.stage)
+            try:
+                model.load_state_dict(saved["model"])
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise UserError(f"cannot resume: {self.path} was trained with other sizes ({reason})") from None
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"]["cpu"])
+            if saved["rng"]["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(saved["rng"]["cuda"])
+            step, n_updates = saved["step"], saved["n_updates"]
+            print(f"resuming {self.path} at step {step:,} of {n_updates:,}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.cfg.out}: {error.strerror}") from None
+        log = self.folder / "metrics.jsonl"
+        if step and log.exists():
+            self.lines = [line for line in map(json.loads, log.read_text().splitlines()) if line["step"] <= step]
+        log.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave; a second signal stops at once
+            signal.signal(number, self.stop)
+        return step, n_updates
+
+    def stop(self, number, frame):
+        self.stopped = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def log(self, step, **values):
+        line = {"step": step, **{name: round(float(value), 6) for name, value in values.items()}}
+        self.lines.append(line)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def curves(self):
+        save_curves(self.lines, self.folder / "loss.png")
+
+    def save(self, model, optimizer, step, n_updates, **more):
+        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+        config = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self.cfg).items()}
+        metrics = self.lines[-1] if self.lines else {}
+        save_checkpoint(
+            self.path,
+            dict(stage=self.stage, config=config, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                 step=step, n_updates=n_updates, rng=rng, metrics=metrics, **more),
+        )  # fmt: skip
+        self.curves()
+
+    def finish(self, done, n_updates, next_command):
+        """Say what there is now and what to type next."""
+        print(f"{self.path} ({os.path.getsize(self.path) / 2**20:.1f} MB), step {done:,} of {n_updates:,}; pictures in {self.folder}")
+        print("stopped; the same command with --resume goes on" if done < n_updates else f"next: {next_command}")

@@ -1,0 +1,268 @@
+"""Measure a world: every metric of every stage, each beside its trivial baseline, as a table, JSON and pictures.
+
+    python validate.py --checkpoint checkpoints/pong --data-path data/pong-test.h5 --val-fraction 0.5
+    python validate.py --checkpoint checkpoints/pong/tokenizer.pt --data-path data/pong-test.h5 --save-images report
+
+Everything is measured on the last --val-fraction of the footage. Recorded buttons, where the footage has them, serve
+as the yardstick for the latent actions: the ceiling is a classifier of the LAM encoder's size, trained on the buttons of the
+rest of the footage. PSNR in dB over pictures in [0, 1]; "_changing" counts only pixels that differ from the last known frame.
+"""
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import metrics
+from config import Parser, UserError, choose_device, print_user_errors
+from data_utils import Clips, open_footage, to_float, to_uint8
+from models.checkpoint import MODELS, build_model, check_fit, load_checkpoint
+from models.latent_action_model import LatentActionsEncoder
+from models.world_model import WorldModel
+from pictures import enlarge, grid, save_png, save_video
+
+CONTEXT, HORIZON = 4, 16  # frames that a rollout is given, and frames that it plays
+
+
+def unit(frames):
+    """uint8 (…) → float in [0, 1]."""
+    return torch.as_tensor(frames).float() / 255
+
+
+def tokenizer_metrics(tokenizer, clips, device, folder):
+    frames, _ = clips
+    tokens, rebuilt = [], []
+    for batch in frames.split(16):
+        tokens.append(tokenizer.encode(to_float(batch, device)))
+        rebuilt.append(to_uint8(tokenizer.decode(tokens[-1])).cpu())
+    truth, predicted = unit(frames[:, 1:]), unit(torch.cat(rebuilt)[:, 1:])
+    mask = metrics.changed(truth, unit(frames[:, :-1]))
+    use = metrics.shares(torch.cat(tokens).cpu(), tokenizer.quantizer.codebook_size)
+    if folder:
+        save_png(grid([frames[:8, -1], torch.cat(rebuilt)[:8, -1]]), folder / "reconstructions.png")
+    return {
+        "psnr": metrics.psnr(((predicted - truth) ** 2).mean()),
+        "copy_psnr": metrics.psnr(((unit(frames[:, :-1]) - truth) ** 2).mean()),
+        "psnr_changing": metrics.masked_psnr(predicted, truth, mask),
+        "copy_psnr_changing": metrics.masked_psnr(unit(frames[:, :-1]), truth, mask),
+        "codebook_usage": float((use > 0).mean()),
+        "perplexity": metrics.perplexity(use),
+    }
+
+
+def lam_metrics(lam, model_args, clips, rest, device):
+    """clips: (frames, buttons or None) to measure on; rest: Clips to train the ceiling's classifier on, or None."""
+    frames, buttons = clips
+    codes, predicted = [], []
+    for batch in frames.split(16):
+        codes.append(lam.infer(to_float(batch, device)).cpu())
+        predicted.append(to_uint8(lam.predict(to_float(batch, device))).cpu())
+    codes, predicted, truth = torch.cat(codes), unit(torch.cat(predicted)), unit(frames[:, 1:])  # codes (B, T-1)
+    use = metrics.shares(codes, lam.n_actions)
+    changes = (to_float(frames)[:, 1:] - to_float(frames)[:, :-1]).flatten(0, 1)  # (M, 3, H, W)
+    changes = F.adaptive_avg_pool2d(changes, 16).flatten(1)
+    clip_of = torch.arange(len(frames)).repeat_interleave(codes.shape[1])
+    same, chance = metrics.consistency(changes, codes.flatten(), clip_of)
+    result = {
+        "psnr": metrics.psnr(((predicted - truth) ** 2).mean()),
+        "copy_psnr": metrics.psnr(((unit(frames[:, :-1]) - truth) ** 2).mean()),
+        "n_actions": lam.n_actions,
+        "actions_used": int((use > 0).sum()),
+        "perplexity": metrics.perplexity(use),
+        "largest_share": float(use.max()),
+        "consistency": same,
+        "consistency_chance": chance,
+    }
+    if buttons is not None:
+        result |= {
+            "nmi": metrics.nmi_above_chance(codes, buttons),
+            "accuracy": metrics.best_mapping_accuracy(codes, buttons),
+            "majority": float(metrics.shares(buttons, int(buttons.max()) + 1).max()),
+        }
+        if rest is not None:
+            guessed = classify_buttons(model_args, rest, frames, device)
+            result["nmi_ceiling"] = metrics.nmi_above_chance(guessed, buttons)
+    return result
+
+
+@torch.enable_grad()
+def classify_buttons(model_args, rest, frames, device, n_updates=400):
+    """Train the LAM's encoder on the buttons of the clips in `rest`; → its guesses for frames, (B, T-1)."""
+    sizes = {name: model_args[name] for name in ("frame_size", "patch_size", "embed_dim", "hidden_dim", "n_heads", "n_blocks",
+                                                 "context_length")}  # fmt: skip
+    torch.manual_seed(0)
+    encoder = LatentActionsEncoder(**sizes, out_dim=int(rest.footage.actions.max()) + 1).to(device)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)
+    for step in tqdm(range(n_updates), desc="ceiling", unit="step", leave=False, mininterval=1):
+        batch, buttons = rest.batch(step)
+        loss = F.cross_entropy(encoder(to_float(batch, device)).flatten(0, 1), buttons.flatten().to(device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return torch.cat([encoder(to_float(batch, device)).argmax(-1).cpu() for batch in frames.split(16)])
+
+
+def rollout(world, frames, actions, seed=0):
+    """Play on from the first CONTEXT frames of each clip (B, T, H, W, 3) with actions (B, T-1) → uint8 (B, T-CONTEXT, H, W, 3)."""
+    world.generator.manual_seed(seed)  # the same dice for every set of actions
+    world.reset(frames[:, :CONTEXT], actions[:, : CONTEXT - 1])
+    played = [world.step(actions[:, t - 1]) for t in tqdm(range(CONTEXT, frames.shape[1]), desc="rollout", leave=False)]
+    return torch.from_numpy(np.stack(played, axis=1))
+
+
+def dynamics_metrics(world, clips, device, folder):
+    frames, buttons = clips
+    video = to_float(frames, device)
+    tokens = torch.cat([world.tokenizer.encode(batch) for batch in video.split(16)])  # (B, T, N)
+    actions = torch.cat([world.lam.infer(batch) for batch in video.split(16)]) if world.lam else buttons.to(device)
+    result = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        length = world.dynamics.transformer.context_length
+        loss, _ = world.dynamics(tokens[:, :length], actions[:, : length - 1])
+    result["masked_ce" if world.dynamics.objective == "ce" else "latent_mse"] = float(loss)
+    if world.dynamics.objective == "ce":
+        all_masked = torch.ones_like(tokens[:, 1:length], dtype=torch.bool)
+        guess = world.dynamics.masked_logits(tokens[:, :length], actions[:, : length - 1], all_masked).argmax(-1)
+        moved = tokens[:, 1:length] != tokens[:, : length - 1]
+        result["token_accuracy_changing"] = float((guess == tokens[:, 1:length])[moved].float().mean())
+
+    # The same clips and dice with other actions; the frames given stay labelled as they are.
+    generator = torch.Generator().manual_seed(0)
+    future = actions[:, CONTEXT - 1 :].cpu()
+    use = torch.from_numpy(metrics.shares(actions.cpu(), world.n_actions))
+    others = {
+        "": torch.randint(world.n_actions, future.shape, generator=generator),
+        "_null": torch.full_like(future, int(use.argmax())),
+        "_marginal": torch.multinomial(use, future.numel(), replacement=True, generator=generator).view(future.shape),
+    }
+    played = {"inferred": rollout(world, frames, actions)}
+    for name, replacement in others.items():
+        played[name] = rollout(world, frames, torch.cat([actions[:, : CONTEXT - 1], replacement.to(device)], dim=1))
+
+    truth, copy = unit(frames[:, CONTEXT:]), unit(frames[:, CONTEXT - 1 : CONTEXT])
+    for t in range(truth.shape[1]):
+        now = truth[:, t]
+        mask = metrics.changed(now, copy[:, 0])
+        whole = {name: metrics.psnr(((unit(p[:, t]) - now) ** 2).mean()) for name, p in played.items()}
+        moving = {name: metrics.masked_psnr(unit(p[:, t]), now, mask) for name, p in played.items()}
+        result[f"rollout_psnr_t{t + 1}"] = whole["inferred"]
+        result[f"copy_psnr_t{t + 1}"] = metrics.psnr(((copy[:, 0] - now) ** 2).mean())
+        if t + 1 == 4:
+            result["rollout_psnr_t4_changing"] = moving["inferred"]
+            result["copy_psnr_t4_changing"] = metrics.masked_psnr(copy[:, 0], now, mask)
+            for name in others:
+                result[f"delta_psnr{name}_t4"] = whole["inferred"] - whole[name]
+                result[f"delta_psnr{name}_t4_changing"] = moving["inferred"] - moving[name]
+    if len(frames) >= 64 and truth.shape[1] >= 8:  # 32 features: fewer clips would make the covariance a guess
+        real = metrics.random_conv_features(truth)
+        result["fvd_random_conv"] = metrics.frechet_distance(metrics.random_conv_features(unit(played["inferred"])), real)
+        still = copy.expand(-1, truth.shape[1], -1, -1, -1)
+        result["fvd_random_conv_copy"] = metrics.frechet_distance(metrics.random_conv_features(still), real)
+    if folder:
+        rows = [row for i in (0, len(frames) // 2) for row in (frames[i], *(torch.cat([frames[i, :CONTEXT], p[i]]) for p in played.values()))]
+        save_png(grid(rows), folder / "rollouts.png")
+        save_action_pictures(world, frames[:: max(1, len(frames) // 4)][:4, :CONTEXT], actions[:: max(1, len(frames) // 4)][:4], folder)
+    return result
+
+
+def save_action_pictures(world, starts, actions, folder, n_steps=8):
+    """The action table (rows: start frames; columns: the start, then 4 steps of each latent action) and a GIF per action."""
+    last = []
+    for action in range(world.n_actions):
+        world.generator.manual_seed(0)
+        world.reset(starts, actions[:, : CONTEXT - 1])
+        played = [starts[:, -1].numpy()] + [world.step([action] * len(starts)) for _ in range(n_steps)]
+        last.append(played[4])
+        save_video([enlarge(np.concatenate(frames, axis=1), 2) for frames in played], folder / f"action_{action}.gif", fps=6)
+    columns = np.stack([starts[:, -1].numpy(), *last], axis=1)  # (4, 1 + n_actions, H, W, 3)
+    table = grid(columns)
+    width = table.shape[1] // columns.shape[1]
+    header = np.full((24, table.shape[1], 3), 255, dtype=np.uint8)
+    for i, name in enumerate(["start", *world.action_names]):
+        cv2.putText(header, name, (i * width + 4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    save_png(np.concatenate([header, table]), folder / "actions.png")
+
+
+@torch.no_grad()
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a world's folder, or one stage's .pt file in it")
+    parser.add_argument("--data-path", default="", help="footage; best recorded with a seed that was never trained on")
+    parser.add_argument("--data-type", default="auto", choices=("auto", "folder", "video", "h5", "dummy"))
+    parser.add_argument("--use-dummy-data", action="store_true")
+    parser.add_argument("--val-fraction", type=float, default=0.1, help="share of the footage, at its end, to measure on [0.1]")
+    parser.add_argument("--clips", type=int, default=64, help="clips to measure on, spread over that part [64]")
+    parser.add_argument("--save-images", default="", metavar="DIR")
+    parser.add_argument("--json", default="", metavar="FILE")
+    parser.add_argument("--steps", type=int, default=0, help="MaskGIT passes per frame [as trained]")
+    parser.add_argument("--temperature", type=float, default=-1.0, help="of sampling [as trained]")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv)
+    if not 0 < args.val_fraction <= 1:
+        raise UserError(f"--val-fraction must lie above 0 and at most at 1, got {args.val_fraction}")
+    if args.clips < 1:
+        raise UserError(f"--clips must be positive, got {args.clips}")
+
+    # --- checkpoints: which stages are there
+    device, path = choose_device(args.device), Path(args.checkpoint)
+    if not path.exists():
+        raise UserError(f"no such checkpoint: {path}; give a world's folder or one of its .pt files")
+    found = [stage for stage in MODELS if path.is_dir() and (path / f"{stage}.pt").exists() or path.name == f"{stage}.pt"]
+    if not found:
+        raise UserError(f"no checkpoint in {path}; expected tokenizer.pt, lam.pt or dynamics.pt")
+    folder = path if path.is_dir() else path.parent
+    world = WorldModel.load(folder, device) if "dynamics" in found else None
+    loaded = {stage: load_checkpoint(folder / f"{stage}.pt", stage) for stage in found if stage != "dynamics"}
+    if "tokenizer" in loaded:
+        check_fit(loaded["tokenizer"], loaded.get("lam"))
+    if world and args.steps > 0:
+        world.steps = args.steps
+    if world and args.temperature >= 0:
+        world.temperature = args.temperature
+
+    # --- footage
+    args.frame_size = world.frame_size[0] if world else next(iter(loaded.values()))["model_args"]["frame_size"][0]
+    footage = open_footage(args)
+    images = Path(args.save_images) if args.save_images else None
+    H, W = footage.frames.shape[1:3]
+    for stage, checkpoint in loaded.items():
+        if checkpoint["model_args"]["frame_size"] != [H, W]:
+            raise UserError(f"{footage.name} has frames of {H}×{W}, {stage}.pt is for {checkpoint['model_args']['frame_size']}")
+
+    def clips_of(length):
+        return Clips(footage, "val", length, val_fraction=args.val_fraction).spread(args.clips)
+
+    # --- measure
+    report = {}
+    for stage, checkpoint in loaded.items():
+        sizes = checkpoint["model_args"]
+        model, clips = build_model(checkpoint, folder / f"{stage}.pt").to(device), clips_of(sizes["context_length"])
+        if stage == "tokenizer":
+            values = tokenizer_metrics(model, clips, device, images)
+        else:
+            rest = None
+            if clips[1] is not None and args.val_fraction < 1:
+                rest = Clips(footage, "train", sizes["context_length"], batch_size=16, val_fraction=args.val_fraction)
+            values = lam_metrics(model, sizes, clips, rest, device)
+        report |= {f"{stage}/{name}": value for name, value in values.items()}
+    if world:
+        clips = clips_of(CONTEXT + HORIZON)
+        report |= {f"dynamics/{name}": value for name, value in dynamics_metrics(world, clips, device, images).items()}
+
+    # --- report
+    for name, value in report.items():
+        print(f"{name:36} {value:10.4g}")
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps({name: float(value) for name, value in report.items()}, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    print_user_errors()
+    main()
