@@ -28,7 +28,7 @@ class Config:
     n_updates: int = 0  # the budget: optimizer steps
     num_epochs: float = 0.0  # or passes over the training frames
     minutes: float = 0.0  # or minutes, turned into updates once, at the start
-    batch_size: int = 16  # clips per step
+    batch_size: int = 8  # clips per step
     context_length: int = 8  # frames per clip, and how far back attention sees
     learning_rate: float = 2e-3  # peak; 50 steps of warm-up, then linear decay to a twentieth
     grad_clip: float = 1.0  # largest gradient norm
@@ -75,12 +75,12 @@ class DynamicsConfig(Config):
 # What departs from the defaults above. The first entry of a preset is for all stages.
 PRESETS = {
     "tiny": (  # seconds; for tests and for seeing that everything runs
-        dict(n_updates=60, batch_size=8, embed_dim=32, hidden_dim=64, n_heads=2, n_blocks=1, sample_every=50, save_every=50),
-        dict(tokenizer=dict(), lam=dict(n_updates=60), dynamics=dict(n_updates=60)),
+        dict(n_updates=150, batch_size=32, context_length=4, embed_dim=64, hidden_dim=128, n_blocks=1, sample_every=100),
+        dict(tokenizer=dict(), lam=dict(), dynamics=dict()),
     ),
     "cpu": (  # two laptop cores, a quarter of an hour for the three stages
         dict(),
-        dict(tokenizer=dict(minutes=4.0), lam=dict(minutes=3.0, context_length=4), dynamics=dict(minutes=6.0)),
+        dict(tokenizer=dict(minutes=3.5), lam=dict(minutes=3.0), dynamics=dict(minutes=6.0)),
     ),
     "gpu": (  # one CUDA GPU
         dict(batch_size=64, context_length=16, embed_dim=256, hidden_dim=1024, n_heads=8, learning_rate=1e-3, compile=True),

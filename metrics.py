@@ -21,7 +21,8 @@ def masked_psnr(predicted, truth, mask):
 
 def shares(labels, n):
     """How often each of n labels occurs, as shares (n,)."""
-    return np.bincount(np.asarray(labels).ravel(), minlength=n) / max(1, np.size(labels))
+    labels = np.asarray(labels).ravel()
+    return np.bincount(labels, minlength=n) / max(1, len(labels))
 
 
 def entropy(share):

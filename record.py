@@ -38,6 +38,11 @@ class Atari:
         self.ale.setFloat("repeat_action_probability", 0.0)
         self.ale.loadROM(roms.get_rom_path(rom))
         self.buttons, self.crop, self.screen = buttons, crop, np.empty((210, 160, 3), dtype=np.uint8)
+        self.begin()
+
+    def begin(self):
+        self.ale.reset_game()
+        self.ale.act(0)  # past the title screen, which has other colours
 
     def frame(self):
         self.ale.getScreenRGB(self.screen)
@@ -48,7 +53,7 @@ class Atari:
         self.ale.act(self.buttons[action])
         over = self.ale.game_over()
         if over:
-            self.ale.reset_game()
+            self.begin()
         return over
 
 
@@ -128,12 +133,13 @@ class Game:
     start: object  # (seed of the shard, --seed) → a game with frame() and step(action)
 
 
+# Emulator buttons: 0 noop, 1 fire, 3 right (in Pong: up), 4 left (down).
 FIELD = np.s_[34:194, :]  # Atari: below the score, above the border
 ATARI, GAMES_EXTRA = "pip install ale-py", "pip install crafter vizdoom"
 CRAFTER_ACTIONS = "noop left right up down do sleep place_stone place_table place_furnace place_plant make_wood_pickaxe make_stone_pickaxe make_iron_pickaxe make_wood_sword make_stone_sword make_iron_sword".split()
 COINRUN_ACTIONS = "left-down left left-up down noop up right-down right right-up".split()  # Procgen's first nine
 GAMES = {
-    "pong": Game("ale_py", ATARI, 15, ["noop", "up", "down"], lambda s, _: Atari("pong", [0, 2, 3], FIELD, s)),
+    "pong": Game("ale_py", ATARI, 15, ["noop", "up", "down"], lambda s, _: Atari("pong", [0, 3, 4], FIELD, s)),
     "breakout": Game("ale_py", ATARI, 15, ["noop", "fire", "right", "left"], lambda s, _: Atari("breakout", [0, 1, 3, 4], FIELD, s)),
     "crafter": Game("crafter", GAMES_EXTRA, 10, CRAFTER_ACTIONS, lambda s, _: Crafter(s)),
     "coinrun": Game("procgen", "pip install procgen-mirror 'numpy<2' in an environment of its own", 15, COINRUN_ACTIONS,

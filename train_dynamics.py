@@ -103,7 +103,7 @@ def main(argv=None):
             shutil.copyfile(path, home)
     more = dict(
         model_args=model_args, inputs={c["stage"]: fingerprint(c) for c in frozen.values()}, fps=train.footage.fps,
-        start_frames=val.spread(8)[0], action_names=list(train.footage.action_names) if not lam else None,
+        start_frames=val.spread(8)[0][:, :4], action_names=list(train.footage.action_names) if not lam else None,
     )  # fmt: skip
 
     # --- loop

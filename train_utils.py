@@ -117,6 +117,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to --out {self.cfg.out}: {error.strerror}") from None
+        for picture in () if step else self.folder.glob("step_*.png"):  # of an earlier training
+            picture.unlink()
         log = self.folder / "metrics.jsonl"
         if step and log.exists():
             self.lines = [line for line in map(json.loads, log.read_text().splitlines()) if line["step"] <= step]

@@ -226,13 +226,13 @@ def main(argv=None):
         world.temperature = args.temperature
 
     # --- footage
-    args.frame_size = world.frame_size[0] if world else next(iter(loaded.values()))["model_args"]["frame_size"][0]
+    frame_size = world.frame_size if world else next(iter(loaded.values()))["model_args"]["frame_size"]
+    args.frame_size = frame_size[0]
     footage = open_footage(args)
     images = Path(args.save_images) if args.save_images else None
     H, W = footage.frames.shape[1:3]
-    for stage, checkpoint in loaded.items():
-        if checkpoint["model_args"]["frame_size"] != [H, W]:
-            raise UserError(f"{footage.name} has frames of {H}×{W}, {stage}.pt is for {checkpoint['model_args']['frame_size']}")
+    if frame_size != [H, W]:
+        raise UserError(f"{footage.name} has frames of {H}×{W}, {path} is for {frame_size[0]}×{frame_size[1]}; record at that size")
 
     def clips_of(length):
         return Clips(footage, "val", length, val_fraction=args.val_fraction).spread(args.clips)

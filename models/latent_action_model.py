@@ -30,7 +30,8 @@ class LatentActionsEncoder(nn.Module):
         self.pairs = pairs
         self.embed = PatchEmbedding(patch_size, embed_dim, channels=6 if pairs else 3)
         self.positions = SpatioTemporalPositionalEncoding(n_patches, embed_dim)
-        self.transformer = SpatioTemporalTransformer(embed_dim, hidden_dim, n_heads, n_blocks, context_length)
+        window = context_length - 1 if pairs else context_length  # T frames make T-1 pairs
+        self.transformer = SpatioTemporalTransformer(embed_dim, hidden_dim, n_heads, n_blocks, window)
         self.action_head = nn.Linear(2 * embed_dim, out_dim)
 
     def forward(self, frames):
@@ -62,7 +63,7 @@ class LatentActionsDecoder(nn.Module):
         self.embed_action = nn.Linear(action_dim, embed_dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(embed_dim))
         self.positions = SpatioTemporalPositionalEncoding(n_patches, embed_dim)
-        self.transformer = SpatioTemporalTransformer(embed_dim, hidden_dim, n_heads, n_blocks, context_length)
+        self.transformer = SpatioTemporalTransformer(embed_dim, hidden_dim, n_heads, n_blocks, context_length - 1)
         self.frame_head = PatchUnembedding(patch_size, embed_dim, frame_size)
         nn.init.zeros_(self.frame_head.project.weight)
         nn.init.zeros_(self.frame_head.project.bias)

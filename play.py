@@ -1,0 +1,165 @@
+"""Play a trained world: your keys are the latent actions.
+
+    python play.py --checkpoint checkpoints/pong                                  a window
+    python play.py --checkpoint checkpoints/pong --actions 0,3,3,1 --save out.gif   no window needed; .mp4 works too
+    python play.py --checkpoint checkpoints/pong --frame picture.png              begin from a picture
+
+Keys: digits choose a latent action (the arrows stand for the first four), it is held until the next; R restarts from
+another first frame, Q quits. First frames come from --data-path, from --frame, or else travelled with the world.
+"""
+import os
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from config import Parser, UserError, choose_device, print_user_errors
+from data_utils import Clips, open_footage
+from models.world_model import WorldModel
+from pictures import enlarge, save_video
+
+# What cv2.waitKeyEx returns for left, right, up, down on Linux, Windows and macOS.
+ARROWS = [(65361, 2424832, 63234), (65363, 2555904, 63235), (65362, 2490368, 63232), (65364, 2621440, 63233)]
+ARROW_NAMES = ["left", "right", "up", "down"]
+
+
+class Game:
+    """A world, places to begin, and the actions so far; needs no window.
+
+    starts: uint8 (n, T, H, W, 3). The same starts, seed and actions give the same frames.
+    """
+
+    def __init__(self, world, starts, seed=0):
+        self.world, self.starts, self.seed, self.round = world, starts, seed, -1
+        self.restart()
+
+    def restart(self):
+        """Begin again from the next place; → its last frame, uint8 (H, W, 3)."""
+        self.round += 1
+        self.actions = []
+        clip = self.starts[self.round % len(self.starts)]
+        self.world.generator.manual_seed(self.seed)
+        self.world.reset(clip)
+        self.frame = np.array(clip[-1])
+        return self.frame
+
+    def press(self, action):
+        """One step with a latent action in [0, n_actions); → the next frame."""
+        self.frame = self.world.step(action)
+        self.actions.append(action)
+        return self.frame
+
+
+def load_starts(args, world):
+    """First frames as the options say, uint8 (n, T, H, W, 3)."""
+    H, W = world.frame_size
+    if args.frame:
+        picture = cv2.imread(args.frame)
+        if picture is None:
+            raise UserError(f"--frame {args.frame} is not a picture that can be read; use a PNG or JPEG file")
+        picture = cv2.resize(picture, (W, H), interpolation=cv2.INTER_AREA)
+        return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)[None, None]
+    if args.data_path or args.use_dummy_data:
+        data = Namespace(data_path=args.data_path, data_type="auto", use_dummy_data=args.use_dummy_data, frame_size=H)
+        footage = open_footage(data)
+        if list(footage.frames.shape[1:3]) != [H, W]:
+            raise UserError(f"{footage.name} has frames of {list(footage.frames.shape[1:3])}, this world {[H, W]}; record at that size")
+        clips = Clips(footage, "val", length=4)
+        return clips.at(np.random.default_rng(args.seed).choice(clips.starts, 64))[0]
+    return world.start_frames
+
+
+def parse_actions(text, n_actions):
+    """ "0,3,1" → [0, 3, 1]. Raises UserError for anything that is not an action of this world."""
+    try:
+        actions = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--actions must be numbers with commas between them, like 0,3,1, not {text!r}") from None
+    for action in actions:
+        if not 0 <= action < n_actions:
+            raise UserError(f"unknown action {action}; this world has 0 … {n_actions - 1}")
+    return actions
+
+
+def key_table(world):
+    """Lines such as "2  up" and the digit's arrow, in the order of the actions."""
+    return [f"{i} {name if name != str(i) else ''} {ARROW_NAMES[i] if i < 4 else ''}".strip() for i, name in enumerate(world.action_names)]
+
+
+def draw(game, fps, table, held, scale):
+    """The frame enlarged, and beside it the key table, the action held and the frame rate; BGR for OpenCV."""
+    picture = enlarge(game.frame, scale)
+    panel = np.full((picture.shape[0], 190, 3), 30, dtype=np.uint8)
+    lines = [f"{fps:.0f} frames/s", "", *table, "", "R restart", "Q quit"]
+    for i, line in enumerate(lines):
+        color = (90, 220, 255) if i == held + 2 else (220, 220, 220)
+        cv2.putText(panel, line, (12, 28 + 24 * i), cv2.FONT_HERSHEY_SIMPLEX, 0.55, color, 1, cv2.LINE_AA)
+    return cv2.cvtColor(np.concatenate([picture, panel], axis=1), cv2.COLOR_RGB2BGR)
+
+
+def play_window(game, fps):
+    """The loop of the window: one frame per 1/fps seconds, the newest key counts."""
+    table, held, shown = key_table(game.world), 0, fps
+    scale = max(1, 512 // game.frame.shape[0])
+    print("keys: " + " | ".join(table) + " | R restart | Q quit")
+    title = "world"
+    due = time.perf_counter()
+    while True:
+        cv2.imshow(title, draw(game, shown, table, held, scale))
+        key = cv2.waitKeyEx(max(1, int(1000 * (due - time.perf_counter()))))
+        if key in (ord("q"), ord("Q"), 27) or cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) < 1:
+            break
+        if key in (ord("r"), ord("R")):
+            game.restart()
+        digit = key - ord("0")
+        if 0 <= digit < min(10, game.world.n_actions):
+            held = digit
+        for action, codes in enumerate(ARROWS[: game.world.n_actions]):
+            held = action if key in codes else held
+        if key != -1 and time.perf_counter() < due:  # a key came early: wait for the frame's time
+            continue
+        began = time.perf_counter()
+        due = max(due + 1 / fps, began)  # never hurry to catch up
+        game.press(held)
+        shown = 0.9 * shown + 0.1 / max(time.perf_counter() - began, 1 / fps)
+    cv2.destroyAllWindows()
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--checkpoint", default="checkpoints/pong", help="folder of a world [checkpoints/pong]")
+    parser.add_argument("--actions", default="", help="play these latent actions, for example 0,3,3,1; needs --save")
+    parser.add_argument("--save", default="", metavar="FILE", help="where to, .gif or .mp4")
+    parser.add_argument("--frame", default="", metavar="PICTURE", help="begin from this picture")
+    parser.add_argument("--data-path", default="", help="begin from this footage")
+    parser.add_argument("--use-dummy-data", action="store_true", help="begin from the dummy world")
+    parser.add_argument("--fps", type=float, default=15.0, help="frames per second [15]")
+    parser.add_argument("--steps", type=int, default=8, help="MaskGIT passes per frame [8]")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy [1]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv)
+    if bool(args.actions) != bool(args.save):
+        raise UserError("--actions and --save belong together: --actions 0,3,3,1 --save out.gif")
+    if args.save and Path(args.save).suffix.lower() not in (".gif", ".mp4"):
+        raise UserError(f"cannot save a video as {args.save}; use a name that ends in .gif or .mp4")
+    if args.fps <= 0 or args.steps < 1 or args.temperature < 0:
+        raise UserError(f"--fps {args.fps} and --steps {args.steps} must be positive, --temperature {args.temperature} not negative")
+    if not args.save and sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise UserError("there is no display for a window; use --actions 0,3,3,1 --save out.gif, or play where there is one")
+
+    world = WorldModel.load(args.checkpoint, choose_device(args.device), steps=args.steps, temperature=args.temperature)
+    game = Game(world, load_starts(args, world), args.seed)
+    if not args.save:
+        return play_window(game, args.fps)
+    frames = [game.frame] + [game.press(action) for action in parse_actions(args.actions, world.n_actions)]
+    save_video([enlarge(frame, max(1, 256 // frame.shape[0])) for frame in frames], args.save, args.fps)
+    print(f"{args.save}: {len(frames)} frames")
+
+
+if __name__ == "__main__":
+    print_user_errors()
+    main()

@@ -1,0 +1,29 @@
+"""Shared by the tests: small random models, and one small world trained on the dummy data by the real scripts."""
+import pytest
+import torch
+
+import train_dynamics
+import train_lam
+import train_tokenizer
+
+SIZES = dict(embed_dim=32, hidden_dim=64, n_heads=2, n_blocks=2, context_length=4)
+
+
+def randomise(model, seed=0):
+    """Zero-initialised projections would hide every mistake behind them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def world_dir(tmp_path_factory):
+    """A world that obeys, trained on the dummy data in well under a minute."""
+    out = str(tmp_path_factory.mktemp("world") / "dummy")
+    options = ["--use-dummy-data", "--out", out, "--preset", "tiny"]
+    train_tokenizer.main(options)
+    train_lam.main([*options, "--n-updates", "240"])
+    train_dynamics.main([*options, "--n-updates", "240"])
+    return out

@@ -1,0 +1,102 @@
+import ast
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SIZES, randomise
+
+from models import checkpoint as files
+from models.checkpoint import CheckpointError, build_model, check_fit, fingerprint, load_checkpoint, save_checkpoint
+from models.dynamics import DynamicsModel
+from models.latent_action_model import LatentActionModel
+from models.video_tokenizer import VideoTokenizer
+
+FRAMES = dict(frame_size=[16, 16], patch_size=8)
+
+
+def saved(stage, seed=0, **changes):
+    sizes = {
+        "tokenizer": dict(levels=[4, 4], **FRAMES),
+        "lam": dict(n_actions=4, **FRAMES),
+        "dynamics": dict(n_patches=4, levels=[4, 4], n_actions=4),
+    }[stage]
+    model_args = {**SIZES, **sizes, **changes}
+    model = randomise(files.MODELS[stage](**model_args), seed)
+    return {"stage": stage, "model_args": model_args, "model": model.state_dict()}
+
+
+def test_a_model_comes_back_the_same(tmp_path):
+    for stage, kind in {"tokenizer": VideoTokenizer, "lam": LatentActionModel, "dynamics": DynamicsModel}.items():
+        save_checkpoint(tmp_path / "x.pt", saved(stage))
+        loaded = load_checkpoint(tmp_path / "x.pt", stage)
+        model = build_model(loaded)
+        assert isinstance(model, kind) and not model.training
+        assert all(torch.equal(a, loaded["model"][name]) for name, a in model.state_dict().items())
+        assert fingerprint(loaded) == fingerprint(saved(stage)) != fingerprint(saved(stage, seed=1))
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, saved("lam"))
+    before = path.read_bytes()
+    with pytest.raises(Exception):
+        save_checkpoint(path, {"stage": "lam", "model": lambda: None})  # cannot be pickled
+    assert path.read_bytes() == before
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/world-model-was-here",)
+
+
+def test_files_that_are_not_ours(tmp_path):
+    path = tmp_path / "x.pt"
+    with pytest.raises(CheckpointError, match="no checkpoint at .*train_lam.py"):
+        load_checkpoint(path, "lam")
+    save_checkpoint(path, saved("lam"))
+    whole = path.read_bytes()
+    for content in (b"", b"hello", whole[: len(whole) // 2], pickle.dumps(Malicious())):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="not a checkpoint of this project, or it is damaged"):
+            load_checkpoint(path, "lam")
+    torch.save({"stage": "lam", "model": Malicious()}, path)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path, "lam")
+    assert not os.path.exists("/tmp/world-model-was-here")
+    save_checkpoint(path, saved("tokenizer"))
+    with pytest.raises(CheckpointError, match="a tokenizer checkpoint, but a lam checkpoint is needed"):
+        load_checkpoint(path, "lam")
+    wrong = saved("lam")
+    wrong["model_args"]["embed_dim"] = 64
+    with pytest.raises(CheckpointError, match="do not fit the sizes"):
+        build_model(wrong)
+
+
+def test_checkpoints_that_do_not_belong_together():
+    tokenizer, lam, dynamics = saved("tokenizer"), saved("lam"), saved("dynamics")
+    dynamics["inputs"] = {"tokenizer": fingerprint(tokenizer), "lam": fingerprint(lam)}
+    check_fit(tokenizer, lam, dynamics)
+    for bad, message in {
+        "tokenizer/frame_size": ([24, 16], r"\[24, 16\].*\[16, 16\]"),
+        "lam/n_actions": (8, "n_actions 4, but finds 8"),
+        "dynamics/n_patches": (6, "patches per frame 6, but finds 4"),
+        "dynamics/levels": ([8, 5], r"levels \[8, 5\], but finds \[4, 4\]"),
+    }.items():
+        stage, name = bad.split("/")
+        trio = {"tokenizer": tokenizer, "lam": lam, "dynamics": dynamics}
+        trio[stage] = {**trio[stage], "model_args": {**trio[stage]["model_args"], name: message[0]}}
+        with pytest.raises(CheckpointError, match=message[1]):
+            check_fit(**trio)
+    with pytest.raises(CheckpointError, match="tokenizer weights"):  # same sizes, trained again
+        check_fit(saved("tokenizer", seed=1), lam, dynamics)
+
+
+def test_models_import_nothing_but_torch_einops_and_themselves():
+    allowed = {"torch", "einops", "models", "math", "collections", "hashlib", "os", "pathlib", "pickle"}
+    for path in Path(files.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in names} <= allowed, path

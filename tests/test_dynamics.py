@@ -1,0 +1,130 @@
+import math
+
+import pytest
+import torch
+from conftest import SIZES, randomise
+
+from data_utils import Clips, Footage, dummy_world, to_float
+from models.checkpoint import build_model, load_checkpoint
+from models.dynamics import DynamicsModel, maskgit_decode
+
+
+def dynamics(**changes):
+    return randomise(DynamicsModel(**{**dict(n_patches=5, levels=[4, 4], n_actions=4), **SIZES, **changes}))
+
+
+def clip(T=7):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(16, (2, T, 5), generator=generator), torch.randint(4, (2, T - 1), generator=generator)
+
+
+def per_frame(difference):
+    return difference.abs().amax(dim=(0, 2, 3))  # (B, T-1, N, V) → (T-1,), frames 1 … T-1
+
+
+def test_an_action_conditions_the_frame_it_produced_and_no_earlier_one():
+    model, (tokens, actions) = dynamics(), clip()
+    masked = torch.ones(2, 6, 5, dtype=torch.bool)
+    other = actions.clone()
+    other[:, 3] = (other[:, 3] + 1) % 4  # pressed between frames 3 and 4
+    difference = per_frame(model.masked_logits(tokens, actions, masked) - model.masked_logits(tokens, other, masked))
+    assert (difference[:3] < 1e-5).all()  # frames 1, 2, 3
+    assert difference[3] > 1e-3  # frame 4
+
+
+def test_a_masked_frame_sees_only_clean_earlier_frames():
+    model, (tokens, actions) = dynamics(), clip()
+    masked = torch.ones(2, 6, 5, dtype=torch.bool)
+    changed = tokens.clone()
+    changed[:, 4] = (changed[:, 4] + 5) % 16
+    difference = per_frame(model.masked_logits(tokens, actions, masked) - model.masked_logits(changed, actions, masked))
+    assert (difference[:4] < 1e-5).all()  # frames 1 … 4: frame 4 must not see its own answer
+    assert difference[4] > 1e-3  # frame 5 sees frame 4
+    other_masks = masked.clone()
+    other_masks[:, 2] = False  # frame 3 unmasked: nobody but frame 3 may notice
+    difference = per_frame(model.masked_logits(tokens, actions, masked) - model.masked_logits(tokens, actions, other_masks))
+    assert difference[2] > 1e-3 and (difference[[0, 1, 3, 4, 5]] < 1e-5).all()
+
+
+def test_training_sees_what_play_sees():
+    model, (tokens, actions) = dynamics(), clip(T=9)  # longer than the context of 4
+    masked = torch.ones(2, 8, 5, dtype=torch.bool)
+    trained = model.masked_logits(tokens, actions, masked)
+    led_to = torch.cat([torch.full((2, 1), model.null_action), actions], dim=1)
+    cache = model.new_cache()
+    for t in range(1, 9):
+        model.prefill(tokens[:, t - 1 : t], led_to[:, t - 1 : t + 1], cache)
+        hidden = model.positions(model.embed(torch.full((2, 1, 5), model.mask_index)))
+        played = model.head(model.transformer(hidden, model.embed_action(led_to[:, t : t + 1]), cache=cache))
+        assert torch.allclose(played[:, 0], trained[:, t - 1], atol=1e-4)
+
+
+def test_loss_is_the_cross_entropy_of_masked_tokens_at_rates_above_a_half():
+    model, (tokens, actions) = dynamics(), clip()
+    torch.manual_seed(5)
+    loss, _ = model(tokens, actions)
+    torch.manual_seed(5)
+    rate = 0.5 + 0.5 * torch.rand(2, 6, 1)
+    masked = torch.rand(2, 6, 5) < rate
+    log_p = model.masked_logits(tokens, actions, masked).log_softmax(-1)
+    terms = [-log_p[b, t, n, tokens[b, t + 1, n]] for b in range(2) for t in range(6) for n in range(5) if masked[b, t, n]]
+    assert torch.allclose(loss, torch.stack(terms).mean(), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_maskgit_fills_everything_and_keeps_what_it_fixed(temperature):
+    mask, N, steps, seen = 16, 30, 6, []
+    given = torch.full((3, N), mask)
+    given[:, :4] = torch.tensor([1, 2, 3, 4])
+    logits = torch.randn(3, N, 16)
+
+    def logits_of(tokens):
+        seen.append(tokens.clone())
+        return logits + 0.1 * len(seen)
+
+    result = maskgit_decode(logits_of, given, mask, steps, temperature)
+    assert len(seen) == steps and (result != mask).all() and (result[:, :4] == given[:, :4]).all()
+    for k, (early, late) in enumerate(zip(seen, seen[1:] + [result]), start=1):
+        fixed = early != mask
+        assert (late[fixed] == early[fixed]).all()
+        left = 0 if k == steps else math.floor(N * math.cos(math.pi / 2 * k / steps))
+        assert ((late == mask).sum(dim=1) == min(left, N - 4)).all()
+    if temperature == 0:
+        assert (result[:, 4:] == logits.argmax(-1)[:, 4:]).all()
+
+
+def test_sampling_follows_the_distribution():
+    p = torch.tensor([0.5, 0.3, 0.2])
+    tokens = maskgit_decode(lambda t: p.log().expand(1, 20_000, 3), torch.full((1, 20_000), 3), 3, steps=1)
+    assert torch.allclose(torch.bincount(tokens[0]) / 20_000, p, atol=0.015)
+
+
+def test_the_article_s_squared_error_variant():
+    model, (tokens, actions) = dynamics(objective="mse"), clip()
+    loss, _ = model(tokens, actions)
+    latents = model._next_latents(tokens[:, :-1], actions)
+    target = model.quantizer.indices_to_codes(tokens)[:, 1:]
+    assert torch.allclose(loss, ((latents - target) ** 2).mean())
+    other = actions.clone()
+    other[:, 3] = (other[:, 3] + 1) % 4
+    difference = per_frame(latents - model._next_latents(tokens[:, :-1], other))
+    assert (difference[:3] < 1e-5).all() and difference[3] > 1e-3
+    cache = model.new_cache()  # play: frame by frame, the nearest code of the same latents
+    for t in range(6):
+        played = model.next_frame(tokens[:, t], None, actions[:, t], cache)
+        codes = model.quantizer.indices_to_codes(torch.arange(16))
+        nearest = (latents[:, t].clamp(-1, 1).unsqueeze(2) - codes).abs().sum(-1).argmin(-1)
+        assert torch.equal(played, nearest)
+
+
+def test_the_right_action_explains_the_dummy_world_better(world_dir):
+    """The game's own buttons, translated by the LAM, against wrong ones, under the same masks."""
+    models = {stage: build_model(load_checkpoint(f"{world_dir}/{stage}.pt", stage)) for stage in ("tokenizer", "lam", "dynamics")}
+    frames = to_float(Clips(Footage(*dummy_world()), "val", length=4).spread(50)[0])
+    with torch.no_grad():
+        tokens, actions = models["tokenizer"].encode(frames), models["lam"].infer(frames)
+        losses = []
+        for given in (actions, (actions + torch.randint(1, 8, actions.shape)) % 8):
+            torch.manual_seed(0)
+            losses.append(models["dynamics"](tokens, given)[0])
+    assert losses[0] < 0.8 * losses[1]

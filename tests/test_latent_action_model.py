@@ -1,0 +1,77 @@
+import pytest
+import torch
+from conftest import SIZES, randomise
+
+import metrics
+from data_utils import Clips, Footage, dummy_world, to_float
+from models.checkpoint import build_model, load_checkpoint
+from models.latent_action_model import LatentActionModel
+
+
+def lam(**changes):
+    return randomise(LatentActionModel(**{**dict(frame_size=[16, 16], patch_size=8), **SIZES, **changes}))
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_actions_look_one_frame_ahead_and_no_further(pairs):
+    model, frames = lam(pairs=pairs), torch.rand(2, 6, 3, 16, 16) * 2 - 1
+    changed = frames.clone()
+    changed[:, 4] = -changed[:, 4]
+    before, after = model.latents(frames), model.latents(changed)
+    assert before.shape == (2, 5, 3)
+    assert torch.allclose(before[:, :3], after[:, :3], atol=1e-5)  # between frames 0-1, 1-2, 2-3
+    assert (before[:, 3] - after[:, 3]).abs().max() > 1e-3  # between frames 3-4
+
+
+def test_prediction_uses_the_past_and_the_right_action():
+    model, frames = lam(), torch.rand(1, 5, 3, 16, 16) * 2 - 1
+    actions = torch.ones(1, 5, 3)
+    other = actions.clone()
+    other[:, 3] = -1
+    difference = (model.decoder(frames, actions) - model.decoder(frames, other)).abs().amax(dim=(0, 2, 3, 4))
+    assert (difference[:3] < 1e-5).all() and (difference[3:] > 1e-4).all()
+    changed = frames.clone()
+    changed[:, 3] = -changed[:, 3]
+    difference = (model.decoder(frames, actions) - model.decoder(changed, actions)).abs().amax(dim=(0, 2, 3, 4))
+    assert (difference[:3] < 1e-5).all() and (difference[3:] > 1e-3).all()
+
+
+def test_masking_keeps_the_first_frame():
+    tokens = torch.randn(2, 4, 4, 32)
+    decoder = lam(keep_rate=0.0).decoder
+    masked = decoder.mask(tokens)
+    assert torch.equal(masked[:, 0], tokens[:, 0])
+    assert (masked[:, 1:] == decoder.mask_token).all()
+    assert torch.equal(lam(keep_rate=1.0).decoder.mask(tokens), tokens)
+    kept = (lam(keep_rate=0.5).decoder.mask(tokens.repeat(50, 1, 1, 1))[:, 1:] == tokens.repeat(50, 1, 1, 1)[:, 1:]).all(-1)
+    assert 0.4 < kept.float().mean() < 0.6
+
+
+def test_collapse_costs():
+    model = lam(var_target=0.2, var_lambda=1.0, entropy_lambda=0.5)
+    collapsed = model.collapse_penalty(torch.full((8, 4, 3), 0.9))
+    one_bit_thrice = model.collapse_penalty(torch.tensor([0.9, -0.9]).repeat(16).view(8, 4, 1).expand(8, 4, 3))
+    spread = model.collapse_penalty(0.9 * model.quantizer.indices_to_codes(torch.arange(32).view(8, 4) % 8))
+    assert spread < one_bit_thrice < collapsed
+    assert torch.allclose(spread, -0.5 * torch.tensor(8.0).log(), atol=1e-4)  # uniform over 8 codes, no variance missing
+
+
+def test_new_model_predicts_a_copy():
+    model = LatentActionModel(frame_size=[16, 16], patch_size=8, **SIZES).eval()
+    frames = torch.rand(2, 4, 3, 16, 16) * 2 - 1
+    assert torch.equal(model.predict(frames), frames[:, :-1])
+    assert torch.allclose(model(frames)[1]["error_over_copy"], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("n_actions", [0, 1, 6])
+def test_n_actions_must_be_a_power_of_two(n_actions):
+    with pytest.raises(ValueError, match=f"power of two.*got {n_actions}"):
+        lam(n_actions=n_actions)
+
+
+def test_it_discovers_the_buttons_of_the_dummy_world(world_dir):
+    model = build_model(load_checkpoint(f"{world_dir}/lam.pt", "lam"))
+    frames, buttons = Clips(Footage(*dummy_world(1000, seed=99)), "train", length=4).spread(100)  # other field, other walk
+    codes = model.infer(to_float(frames))
+    assert metrics.best_mapping_accuracy(codes, buttons) >= 0.8
+    assert len(codes.unique()) >= 5

@@ -1,0 +1,152 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_dynamics
+import train_lam
+import train_tokenizer
+from config import PRESETS, LatentActionConfig, UserError, parse_config
+from data_utils import Clips, DatasetWriter, Footage, dummy_world, to_float
+from models.checkpoint import CheckpointError, build_model, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}
+TINY = ["--use-dummy-data", "--preset", "tiny"]
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_each_stage_learns_and_its_checkpoint_gives_the_same_outputs(world_dir, stage):
+    folder = Path(world_dir)
+    lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.02
+    assert any("val_loss" in line for line in lines)
+    assert (folder / stage / "loss.png").exists() and list((folder / stage).glob("step_*.png"))
+    one, two = (build_model(load_checkpoint(folder / f"{stage}.pt", stage)) for _ in range(2))
+    frames = to_float(Clips(Footage(*dummy_world(100)), "val", 4).spread(2)[0])
+    if stage == "tokenizer":
+        assert torch.equal(one.encode(frames), two.encode(frames))
+    elif stage == "lam":
+        assert torch.equal(one.predict(frames), two.predict(frames))
+    assert not list(folder.glob("*.part"))
+
+
+def weights(folder, stage="lam"):
+    return load_checkpoint(Path(folder) / f"{stage}.pt", stage)
+
+
+def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    train_lam.main([*TINY, "--out", whole, "--n-updates", "12", "--save-every", "6"])
+    rate_at, calls = train_lam.rate_at, []
+
+    def stop_after_six(*args):
+        calls.append(args)
+        if len(calls) == 7:
+            raise KeyboardInterrupt  # the machine goes down in step 7
+        return rate_at(*args)
+
+    monkeypatch.setattr(train_lam, "rate_at", stop_after_six)
+    with pytest.raises(KeyboardInterrupt):
+        train_lam.main([*TINY, "--out", parts, "--n-updates", "12", "--save-every", "6"])
+    monkeypatch.setattr(train_lam, "rate_at", rate_at)
+    assert weights(parts)["step"] == 6
+    train_lam.main([*TINY, "--out", parts, "--n-updates", "12", "--save-every", "6", "--resume"])
+    one, two = weights(whole), weights(parts)
+    assert one["step"] == two["step"] == 12
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path):
+    command = [sys.executable, "train_tokenizer.py", *TINY, "--out", str(tmp_path), "--n-updates", "100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "tokenizer" / "metrics.jsonl"
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None
+        os.sched_yield()
+    process.terminate()
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "--resume goes on" in printed
+    assert weights(tmp_path, "tokenizer")["step"] > 0
+
+
+def test_true_actions_and_the_squared_error_objective(world_dir, tmp_path):
+    files = ["--video-tokenizer-path", f"{world_dir}/tokenizer.pt"]
+    train_dynamics.main([*TINY, *files, "--actions", "true", "--out", str(tmp_path / "true"), "--n-updates", "3"])
+    saved = weights(tmp_path / "true", "dynamics")
+    assert saved["model_args"]["n_actions"] == 5 and saved["action_names"][1] == "left" and "lam" not in saved["inputs"]
+    files += ["--lam_path", f"{world_dir}/lam.pt"]
+    train_dynamics.main([*TINY, *files, "--objective", "mse", "--out", str(tmp_path / "mse"), "--n_updates", "3"])
+    assert weights(tmp_path / "mse", "dynamics")["model_args"]["objective"] == "mse"
+    assert (tmp_path / "mse" / "lam.pt").exists()  # the world is complete
+
+
+def test_settings_come_from_the_command_line_then_the_preset_then_the_default(capsys):
+    cfg = parse_config(LatentActionConfig, "lam", "", ["--out", "x", "--preset", "tiny", "--keep_rate", "0.5", "--device", "cpu"])
+    assert (cfg.keep_rate, cfg.embed_dim, cfg.n_actions) == (0.5, PRESETS["tiny"][0]["embed_dim"], 8)
+    assert "preset tiny on cpu" in capsys.readouterr().out
+    cfg = parse_config(LatentActionConfig, "lam", "", ["--out", "x", "--preset", "cpu", "--n-updates", "7", "--device", "cpu"])
+    assert cfg.n_updates == 7 and cfg.minutes == 0  # one budget, the given one
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--n-actions", "6"], "--n-actions must be a power of two .* got 6"),
+        (["--preset", "huge"], "unknown preset 'huge'; there are tiny, cpu, gpu"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--n-updates", "5", "--minutes", "5"], "exactly one of .* not n_updates and minutes"),
+        (["--batch-size", "-1"], "--batch-size must be positive, got -1"),
+        (["--batch-size", "many"], "invalid int value: 'many'"),
+        (["--patch-size", "7"], "64×64 pixels do not divide into --patch-size 7"),
+        (["--context-length", "1"], "--context-length must be at least 2"),
+        (["--embed-dim", "30"], "--embed-dim 30 must be an even multiple of --n-heads"),
+        (["--data-path", "nowhere"], "no such file or folder: nowhere"),
+        (["--keep-rate", "2"], "--keep-rate must lie in 0 … 1, got 2"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--out", ""], "say where the world is to be saved"),
+        (["--resume"], "no checkpoint at .*lam.pt"),
+    ],
+)
+def test_bad_options_write_nothing(tmp_path, options, message):
+    data = [] if "--data-path" in options else ["--use-dummy-data"]
+    with pytest.raises((UserError, CheckpointError), match=message) as error:
+        train_lam.main(["--preset", "tiny", "--out", str(tmp_path / "w"), *data, *options])
+    assert "\n" not in str(error.value) and not (tmp_path / "w").exists()
+
+
+def test_stages_that_do_not_fit_write_nothing(world_dir, tmp_path):
+    out, files = ["--out", str(tmp_path / "w")], ["--video-tokenizer-path", f"{world_dir}/tokenizer.pt", "--lam-path", f"{world_dir}/lam.pt"]
+    with DatasetWriter(tmp_path / "wide.h5", (64, 96)) as writer:
+        writer.append(np.zeros((80, 64, 96, 3), np.uint8))
+        writer.starts = [0]
+    wide = ["--data-path", str(tmp_path / "wide.h5"), "--preset", "tiny"]
+    for options, message in [
+        ([*TINY], "no checkpoint at .*tokenizer.pt; train it first"),
+        ([*TINY, "--video-tokenizer-path", f"{world_dir}/lam.pt"], "is a lam checkpoint, but a tokenizer"),
+        ([*wide, *files], r"frames of \[64, 64\], the footage has \[64, 96\]"),
+        ([*wide, *files, "--actions", "true"], "no recorded actions"),
+    ]:
+        with pytest.raises((UserError, CheckpointError), match=message) as error:
+            train_dynamics.main([*options, *out])
+        assert "\n" not in str(error.value) and not (tmp_path / "w").exists()
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    for command in (["train_lam.py", "--n-actions", "6", "--out", "x"], ["play.py", "--checkpoint", str(tmp_path), "--bad"]):
+        result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 2 and result.stdout == ""
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_tokenizer_and_lam_scripts_are_nearly_the_same_script():
+    import difflib
+
+    texts = [(ROOT / f"train_{stage}.py").read_text().splitlines() for stage in ("tokenizer", "lam")]
+    assert sum(line[0] in "+-" for line in difflib.ndiff(*texts)) <= 60
