@@ -68,15 +68,15 @@ class DynamicsConfig(Config):
     lam_path: str = ""  # default: lam.pt in --out
     objective: str = "ce"  # ce: masked tokens, cross-entropy; mse: next latents, squared error (seed 002)
     actions: str = "latent"  # latent: inferred by the LAM; true: recorded buttons, the skyline
-    steps: int = 8  # MaskGIT passes per frame at play
-    temperature: float = 1.0  # of sampling at play
+    steps: int = 4  # MaskGIT passes per frame at play
+    temperature: float = 0.2  # of sampling at play; 0 is greedy, 1 the model's own
 
 
 # What departs from the defaults above. The first entry of a preset is for all stages.
 PRESETS = {
     "tiny": (  # seconds; for tests and for seeing that everything runs
         dict(n_updates=150, batch_size=32, context_length=4, embed_dim=64, hidden_dim=128, n_blocks=1, sample_every=100),
-        dict(tokenizer=dict(), lam=dict(), dynamics=dict()),
+        dict(tokenizer=dict(), lam=dict(), dynamics=dict(learning_rate=4e-3)),
     ),
     "cpu": (  # two laptop cores, a quarter of an hour for the three stages
         dict(),
@@ -194,5 +194,12 @@ def check(cfg):
         need(n >= 2 and n & (n - 1) == 0, f"--n-actions must be a power of two (2, 4, 8, 16, …), got {n}")
         need(0 <= cfg.keep_rate <= 1, f"--keep-rate must lie in 0 … 1, got {cfg.keep_rate}")
     if hasattr(cfg, "temperature"):
-        need(cfg.steps >= 1, f"--steps must be at least 1, got {cfg.steps}")
-        need(cfg.temperature >= 0, f"--temperature must not be negative, got {cfg.temperature}")
+        check_sampling(cfg)
+
+
+def check_sampling(args):
+    """args.steps and args.temperature, each None or in range."""
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps must be at least 1, got {args.steps}")
+    if args.temperature is not None and args.temperature < 0:
+        raise UserError(f"--temperature must not be negative, got {args.temperature}")

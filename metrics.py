@@ -92,7 +92,7 @@ def frechet_distance(a, b):
 
 @torch.no_grad()
 def random_conv_features(videos, seed=0):
-    """videos (n, T, H, W, 3) in [0, 1] → (n, 32) features of a fixed random 3-D convolutional network.
+    """videos (n, T, H, W, 3) in [0, 1] → (n, 32) features of a fixed random 3-D convolutional network, in thousandths.
 
     Random features rank videos usefully without downloads (arXiv:2002.09797). The distances they give are named
     fvd_random_conv and must not be compared with published FVD, which uses an I3D network.
@@ -101,4 +101,4 @@ def random_conv_features(videos, seed=0):
         torch.manual_seed(seed)
         layers = [nn.Conv3d(3, 16, 3, stride=(1, 2, 2)), nn.GELU(), nn.Conv3d(16, 32, 3, stride=2), nn.GELU(), nn.Conv3d(32, 32, 3, stride=2)]
         network = nn.Sequential(*layers)
-    return torch.cat([network(video[None].permute(0, 4, 1, 2, 3)).std(dim=(2, 3, 4)) for video in videos])
+    return 1000 * torch.cat([network(video[None].permute(0, 4, 1, 2, 3)).std(dim=(2, 3, 4)) for video in videos])

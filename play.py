@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from config import Parser, UserError, choose_device, print_user_errors
+from config import Parser, UserError, check_sampling, choose_device, print_user_errors
 from data_utils import Clips, open_footage
 from models.world_model import WorldModel
 from pictures import enlarge, save_video
@@ -137,8 +137,8 @@ def main(argv=None):
     parser.add_argument("--data-path", default="", help="begin from this footage")
     parser.add_argument("--use-dummy-data", action="store_true", help="begin from the dummy world")
     parser.add_argument("--fps", type=float, default=15.0, help="frames per second [15]")
-    parser.add_argument("--steps", type=int, default=8, help="MaskGIT passes per frame [8]")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy [1]")
+    parser.add_argument("--steps", type=int, help="MaskGIT passes per frame [as trained]")
+    parser.add_argument("--temperature", type=float, help="of sampling; 0 is greedy [as trained]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
@@ -146,8 +146,9 @@ def main(argv=None):
         raise UserError("--actions and --save belong together: --actions 0,3,3,1 --save out.gif")
     if args.save and Path(args.save).suffix.lower() not in (".gif", ".mp4"):
         raise UserError(f"cannot save a video as {args.save}; use a name that ends in .gif or .mp4")
-    if args.fps <= 0 or args.steps < 1 or args.temperature < 0:
-        raise UserError(f"--fps {args.fps} and --steps {args.steps} must be positive, --temperature {args.temperature} not negative")
+    if args.fps <= 0:
+        raise UserError(f"--fps must be positive, got {args.fps}")
+    check_sampling(args)
     if not args.save and sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise UserError("there is no display for a window; use --actions 0,3,3,1 --save out.gif, or play where there is one")
 

@@ -18,10 +18,15 @@ def set_up(cfg):
     """Seed everything; → (device, autocast context to run the model in)."""
     torch.manual_seed(cfg.seed)
     device = torch.device(cfg.device)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(cfg.dtype) or fast_dtype(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    return device, torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return device, autocast_on(device, cfg.dtype)
+
+
+def autocast_on(device, dtype="auto"):
+    """The context in which matrix products run in bfloat16: if dtype says so, or for "auto" if that is faster here."""
+    bfloat16 = dtype == "bfloat16" or dtype == "auto" and fast_dtype(device) == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
 
 
 def fast_dtype(device):

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import metrics
-from config import Parser, UserError, choose_device, print_user_errors
+from config import Parser, UserError, check_sampling, choose_device, print_user_errors
 from data_utils import Clips, open_footage, to_float, to_uint8
 from models.checkpoint import MODELS, build_model, check_fit, load_checkpoint
 from models.latent_action_model import LatentActionsEncoder
 from models.world_model import WorldModel
 from pictures import enlarge, grid, save_png, save_video
+from train_utils import autocast_on
 
 CONTEXT, HORIZON = 4, 16  # frames that a rollout is given, and frames that it plays
 
@@ -199,14 +200,15 @@ def main(argv=None):
     parser.add_argument("--clips", type=int, default=64, help="clips to measure on, spread over that part [64]")
     parser.add_argument("--save-images", default="", metavar="DIR")
     parser.add_argument("--json", default="", metavar="FILE")
-    parser.add_argument("--steps", type=int, default=0, help="MaskGIT passes per frame [as trained]")
-    parser.add_argument("--temperature", type=float, default=-1.0, help="of sampling [as trained]")
+    parser.add_argument("--steps", type=int, help="MaskGIT passes per frame [as trained]")
+    parser.add_argument("--temperature", type=float, help="of sampling; 0 is greedy [as trained]")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     if not 0 < args.val_fraction <= 1:
         raise UserError(f"--val-fraction must lie above 0 and at most at 1, got {args.val_fraction}")
     if args.clips < 1:
         raise UserError(f"--clips must be positive, got {args.clips}")
+    check_sampling(args)
 
     # --- checkpoints: which stages are there
     device, path = choose_device(args.device), Path(args.checkpoint)
@@ -216,14 +218,10 @@ def main(argv=None):
     if not found:
         raise UserError(f"no checkpoint in {path}; expected tokenizer.pt, lam.pt or dynamics.pt")
     folder = path if path.is_dir() else path.parent
-    world = WorldModel.load(folder, device) if "dynamics" in found else None
+    world = WorldModel.load(folder, device, steps=args.steps, temperature=args.temperature) if "dynamics" in found else None
     loaded = {stage: load_checkpoint(folder / f"{stage}.pt", stage) for stage in found if stage != "dynamics"}
     if "tokenizer" in loaded:
         check_fit(loaded["tokenizer"], loaded.get("lam"))
-    if world and args.steps > 0:
-        world.steps = args.steps
-    if world and args.temperature >= 0:
-        world.temperature = args.temperature
 
     # --- footage
     frame_size = world.frame_size if world else next(iter(loaded.values()))["model_args"]["frame_size"]
@@ -239,20 +237,21 @@ def main(argv=None):
 
     # --- measure
     report = {}
-    for stage, checkpoint in loaded.items():
-        sizes = checkpoint["model_args"]
-        model, clips = build_model(checkpoint, folder / f"{stage}.pt").to(device), clips_of(sizes["context_length"])
-        if stage == "tokenizer":
-            values = tokenizer_metrics(model, clips, device, images)
-        else:
-            rest = None
-            if clips[1] is not None and args.val_fraction < 1:
-                rest = Clips(footage, "train", sizes["context_length"], batch_size=16, val_fraction=args.val_fraction)
-            values = lam_metrics(model, sizes, clips, rest, device)
-        report |= {f"{stage}/{name}": value for name, value in values.items()}
-    if world:
-        clips = clips_of(CONTEXT + HORIZON)
-        report |= {f"dynamics/{name}": value for name, value in dynamics_metrics(world, clips, device, images).items()}
+    with autocast_on(device):
+        for stage, checkpoint in loaded.items():
+            sizes = checkpoint["model_args"]
+            model, clips = build_model(checkpoint, folder / f"{stage}.pt").to(device), clips_of(sizes["context_length"])
+            if stage == "tokenizer":
+                values = tokenizer_metrics(model, clips, device, images)
+            else:
+                rest = None
+                if clips[1] is not None and args.val_fraction < 1:
+                    rest = Clips(footage, "train", sizes["context_length"], batch_size=16, val_fraction=args.val_fraction)
+                values = lam_metrics(model, sizes, clips, rest, device)
+            report |= {f"{stage}/{name}": value for name, value in values.items()}
+        if world:
+            values = dynamics_metrics(world, clips_of(CONTEXT + HORIZON), device, images)
+            report |= {f"dynamics/{name}": value for name, value in values.items()}
 
     # --- report
     for name, value in report.items():

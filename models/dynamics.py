@@ -32,15 +32,21 @@ class DynamicsModel(nn.Module):
         self.quantizer = FiniteScalarQuantizer(levels)
         self.mask_index, self.null_action = self.quantizer.codebook_size, n_actions
         self.positions = SpatioTemporalPositionalEncoding(n_patches, embed_dim)
+        self.embed_code = nn.Linear(len(levels), embed_dim)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(embed_dim))
         self.embed_action = nn.Embedding(n_actions + 1, embed_dim)
         if objective == "ce":
-            self.embed = nn.Embedding(self.quantizer.codebook_size + 1, embed_dim)
             self.head = nn.Linear(embed_dim, self.quantizer.codebook_size)
         else:
-            self.embed = nn.Linear(len(levels), embed_dim)
             self.head = nn.Linear(embed_dim, len(levels))
         cond_dim = embed_dim if objective == "ce" else None
         self.transformer = SpatioTemporalTransformer(embed_dim, hidden_dim, n_heads, n_blocks, context_length, cond_dim)
+
+    def embed(self, tokens):
+        """tokens (B, T, N), mask_index where masked → (B, T, N, E)."""
+        x = self.embed_code(self.quantizer.indices_to_codes(tokens))
+        x = torch.where((tokens == self.mask_index).unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        return self.positions(x)
 
     def forward(self, tokens, actions):
         if self.objective == "mse":
@@ -70,7 +76,7 @@ class DynamicsModel(nn.Module):
         self_only = torch.eye(T - 1, dtype=torch.bool, device=tokens.device)
         clean_rows = torch.cat([past[:-1, :-1], torch.zeros_like(self_only)], dim=1)
         masked_rows = torch.cat([before[1:, :-1], self_only], dim=1)
-        x = self.positions(self.embed(twice))  # (B, 2(T-1), N, E)
+        x = self.embed(twice)  # (B, 2(T-1), N, E)
         x = self.transformer(x, cond, times, torch.cat([clean_rows, masked_rows]))
         return self.head(x[:, T - 1 :])
 
@@ -84,7 +90,7 @@ class DynamicsModel(nn.Module):
 
     def _next_latents(self, tokens, actions, cache=None):
         """Frames t (B, T, N) and the actions that follow them (B, T) → latents of frames t+1 (B, T, N, D)."""
-        x = self.positions(self.embed(self.quantizer.indices_to_codes(tokens)))
+        x = self.embed(tokens)
         x = x + self.embed_action(actions).unsqueeze(2)
         return self.head(self.transformer(x, cache=cache, finished=True))
 
@@ -105,10 +111,10 @@ class DynamicsModel(nn.Module):
             self._finish(tokens, actions[:, :-1], cache)
 
     def _finish(self, tokens, actions, cache):
-        self.transformer(self.positions(self.embed(tokens)), self.embed_action(actions), cache=cache, finished=True)
+        self.transformer(self.embed(tokens), self.embed_action(actions), cache=cache, finished=True)
 
     @torch.no_grad()
-    def next_frame(self, last, last_action, action, cache, steps=8, temperature=1.0, generator=None):
+    def next_frame(self, last, last_action, action, cache, steps, temperature, generator=None):
         """One frame of play. last (B, N) with the action that led to it (B,), and the action now (B,) → tokens (B, N).
 
         The cache holds the frames before `last`, which this call finishes. steps: MaskGIT passes; temperature 0 is
@@ -121,7 +127,7 @@ class DynamicsModel(nn.Module):
         cond = self.embed_action(action).unsqueeze(1)  # (B, 1, E)
 
         def logits_of(tokens):  # (B, N) → (B, N, codebook_size)
-            x = self.positions(self.embed(tokens.unsqueeze(1)))
+            x = self.embed(tokens.unsqueeze(1))
             return self.head(self.transformer(x, cond, cache=cache))[:, 0].float()
 
         return maskgit_decode(logits_of, torch.full_like(last, self.mask_index), self.mask_index, steps, temperature, generator)

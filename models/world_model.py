@@ -18,7 +18,7 @@ class WorldModel:
     start_frames uint8 (n, T, H, W, 3), if any, are places to begin from that travel with the world.
     """
 
-    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, steps=8, temperature=1.0, seed=0):
+    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, steps=4, temperature=0.2, seed=0):
         self.tokenizer, self.lam, self.dynamics = tokenizer, lam, dynamics
         self.start_frames, self.steps, self.temperature = start_frames, steps, temperature
         self.n_actions = dynamics.null_action
@@ -29,7 +29,10 @@ class WorldModel:
 
     @classmethod
     def load(cls, path, device="cpu", **settings):
-        """The world in folder `path` (tokenizer.pt, lam.pt, dynamics.pt). Raises CheckpointError if they do not fit."""
+        """The world in folder `path` (tokenizer.pt, lam.pt, dynamics.pt). Raises CheckpointError if they do not fit.
+
+        settings: steps, temperature and seed; a missing one, or None, is as in training.
+        """
         path = Path(path)
         files = {stage: path / f"{stage}.pt" for stage in ("tokenizer", "lam", "dynamics")}
         if not path.is_dir():
@@ -39,8 +42,11 @@ class WorldModel:
         loaded = {stage: load_checkpoint(files[stage], stage) for stage in stages}
         check_fit(loaded["tokenizer"], loaded.get("lam"), dynamics)
         models = {s: build_model(c, files[s]).to(device) for s, c in {**loaded, "dynamics": dynamics}.items()}
-        names = dynamics["action_names"] if "lam" not in models else None
-        return cls(models["tokenizer"], models.get("lam"), models["dynamics"], dynamics["start_frames"], names, **settings)
+        trained = {name: dynamics["config"][name] for name in ("steps", "temperature")}
+        return cls(
+            models["tokenizer"], models.get("lam"), models["dynamics"], dynamics["start_frames"], dynamics["action_names"],
+            **{**trained, **{name: value for name, value in settings.items() if value is not None}},
+        )  # fmt: skip
 
     @torch.no_grad()
     def reset(self, frames, actions=None):

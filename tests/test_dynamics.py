@@ -54,7 +54,7 @@ def test_training_sees_what_play_sees():
     cache = model.new_cache()
     for t in range(1, 9):
         model.prefill(tokens[:, t - 1 : t], led_to[:, t - 1 : t + 1], cache)
-        hidden = model.positions(model.embed(torch.full((2, 1, 5), model.mask_index)))
+        hidden = model.embed(torch.full((2, 1, 5), model.mask_index))
         played = model.head(model.transformer(hidden, model.embed_action(led_to[:, t : t + 1]), cache=cache))
         assert torch.allclose(played[:, 0], trained[:, t - 1], atol=1e-4)
 
