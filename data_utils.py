@@ -136,7 +136,7 @@ def dummy_world(n_frames=4000, seed=0):
     moves = 2 * np.array([(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)])  # rows, columns
     actions = rng.integers(len(moves), size=n_frames)
     corners = np.concatenate([[(0, 0)], np.cumsum(moves[actions[:-1]], axis=0)]) % 128
-    field = cv2.resize(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), (128, 128), interpolation=cv2.INTER_LINEAR)
+    field = cv2.resize(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8), (128, 128), interpolation=cv2.INTER_LINEAR)
     field = np.tile(field, (2, 2, 1))  # the field is a torus: the way never ends
     frames = np.stack([field[y : y + 64, x : x + 64] for y, x in corners])
     frames[:, 28:36, 28:36] = (250, 220, 60)

@@ -43,7 +43,7 @@ class Game:
         clip = self.starts[self.round % len(self.starts)]
         self.world.generator.manual_seed(self.seed)
         self.world.reset(clip)
-        self.frame = np.array(clip[-1])
+        self.frame = np.asarray(clip[-1])
         return self.frame
 
     def press(self, action):
@@ -69,7 +69,7 @@ def load_starts(args, world):
             raise UserError(f"{footage.name} has frames of {list(footage.frames.shape[1:3])}, this world {[H, W]}; record at that size")
         clips = Clips(footage, "val", length=4)
         return clips.at(np.random.default_rng(args.seed).choice(clips.starts, 64))[0]
-    return world.start_frames
+    return world.start_frames.numpy()
 
 
 def parse_actions(text, n_actions):

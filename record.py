@@ -8,6 +8,7 @@ The footage is cut into shards, each played by its own game with its own seed, s
 same frames. Another --seed means other games; for coinrun also other levels (10,000 per seed), so that test footage is new.
 """
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import time
@@ -63,6 +64,10 @@ class Crafter:
     def __init__(self, seed):
         import crafter
 
+        # Crafter picks creatures from sets of objects, whose order follows memory addresses: the same seed would give
+        # another game each time. Numbered objects bring the sets into a fixed order.
+        numbers = itertools.count()
+        crafter.objects.Object.__hash__ = lambda thing: vars(thing).setdefault("number", next(numbers))
         self.env = crafter.Env(area=(64, 64), view=(8, 8), size=(SIZE, SIZE), seed=seed)
         self.picture = self.env.reset()
 

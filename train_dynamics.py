@@ -68,7 +68,7 @@ def main(argv=None):
     def batch_of(clips, step):
         frames, buttons = clips.batch(step)
         frames = to_float(frames, device)  # (B, T, 3, H, W)
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast():
             actions = lam.infer(frames) if lam else buttons.to(device)  # (B, T-1)
             return tokenizer.encode(frames), actions  # (B, T, N)
 
@@ -85,7 +85,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
     def trial():
-        with autocast:
+        with autocast():
             loss, _ = network(*batch_of(train, 0))
         loss.backward()
         optimizer.zero_grad()
@@ -111,7 +111,7 @@ def main(argv=None):
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, n_updates, cfg)
-        with autocast:
+        with autocast():
             loss, logs = network(*batch_of(train, step))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -124,7 +124,7 @@ def main(argv=None):
             run.log(done, loss=loss.detach(), grad_norm=norm, **logs)
             bar.set_postfix_str(f"loss {loss:.4f}, {logs['accuracy_changing']:.2f} of changed tokens", refresh=False)
         if done % cfg.sample_every == 0 or last:
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), autocast():
                 run.log(done, **validation_logs(network, val_batches))
             world = WorldModel(tokenizer, lam, model.eval(), steps=cfg.steps, temperature=cfg.temperature)
             picture = rollout_picture(world, val.batch(0)[0][:4], val_batches[0][1][:4])

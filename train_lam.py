@@ -46,7 +46,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
     def trial():
-        with autocast:
+        with autocast():
             loss, _ = network(*batch_of(train, 0))
         loss.backward()
         optimizer.zero_grad()
@@ -64,7 +64,7 @@ def main(argv=None):
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, n_updates, cfg)
-        with autocast:
+        with autocast():
             loss, logs = network(*batch_of(train, step))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -78,7 +78,7 @@ def main(argv=None):
             bar.set_postfix_str(f"loss {loss:.3f}, {logs['error_over_copy']:.2f} of copy, {logs['codes_used']} codes", refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), autocast():
                 run.log(done, **validation_logs(network, val_batches))
                 predicted = model.predict(frames)
             save_png(grid([to_uint8(f[:, -1]) for f in (frames[:, :-1], predicted, frames)]), run.folder / f"step_{done:06d}.png")

@@ -44,7 +44,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
     def trial():
-        with autocast:
+        with autocast():
             loss, _ = network(*batch_of(train, 0))
         loss.backward()
         optimizer.zero_grad()
@@ -62,7 +62,7 @@ def main(argv=None):
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, n_updates, cfg)
-        with autocast:
+        with autocast():
             loss, logs = network(*batch_of(train, step))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -76,7 +76,7 @@ def main(argv=None):
             bar.set_postfix_str(f"loss {loss:.5f}, {logs['psnr']:.1f} dB", refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), autocast():
                 run.log(done, **validation_logs(network, val_batches))
                 rebuilt = model.decode(model.encode(frames))
             save_png(grid([to_uint8(frames[:, -1]), to_uint8(rebuilt[:, -1])]), run.folder / f"step_{done:06d}.png")

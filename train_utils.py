@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from pictures import save_curves
 
 
 def set_up(cfg):
-    """Seed everything; → (device, autocast context to run the model in)."""
+    """Seed everything; → (device, autocast: a context to run the model in, made anew by each call)."""
     torch.manual_seed(cfg.seed)
     device = torch.device(cfg.device)
     if device.type == "cuda":
@@ -24,9 +25,9 @@ def set_up(cfg):
 
 
 def autocast_on(device, dtype="auto"):
-    """The context in which matrix products run in bfloat16: if dtype says so, or for "auto" if that is faster here."""
+    """→ autocast(), in which matrix products run in bfloat16: if dtype says so, or for "auto" if that is faster here."""
     bfloat16 = dtype == "bfloat16" or dtype == "auto" and fast_dtype(device) == torch.bfloat16
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bfloat16)  # one object must not be nested
 
 
 def fast_dtype(device):

@@ -54,8 +54,7 @@ def tokenizer_metrics(tokenizer, clips, device, folder):
     }
 
 
-def lam_metrics(lam, model_args, clips, rest, device):
-    """clips: (frames, buttons or None) to measure on; rest: Clips to train the ceiling's classifier on, or None."""
+def lam_metrics(lam, clips, device):
     frames, buttons = clips
     codes, predicted = [], []
     for batch in frames.split(16):
@@ -83,14 +82,11 @@ def lam_metrics(lam, model_args, clips, rest, device):
             "accuracy": metrics.best_mapping_accuracy(codes, buttons),
             "majority": float(metrics.shares(buttons, int(buttons.max()) + 1).max()),
         }
-        if rest is not None:
-            guessed = classify_buttons(model_args, rest, frames, device)
-            result["nmi_ceiling"] = metrics.nmi_above_chance(guessed, buttons)
     return result
 
 
 @torch.enable_grad()
-def classify_buttons(model_args, rest, frames, device, n_updates=400):
+def classify_buttons(model_args, rest, frames, device, autocast, n_updates=400):
     """Train the LAM's encoder on the buttons of the clips in `rest`; → its guesses for frames, (B, T-1)."""
     sizes = {name: model_args[name] for name in ("frame_size", "patch_size", "embed_dim", "hidden_dim", "n_heads", "n_blocks",
                                                  "context_length")}  # fmt: skip
@@ -99,11 +95,12 @@ def classify_buttons(model_args, rest, frames, device, n_updates=400):
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)
     for step in tqdm(range(n_updates), desc="ceiling", unit="step", leave=False, mininterval=1):
         batch, buttons = rest.batch(step)
-        loss = F.cross_entropy(encoder(to_float(batch, device)).flatten(0, 1), buttons.flatten().to(device))
+        with autocast():
+            loss = F.cross_entropy(encoder(to_float(batch, device)).flatten(0, 1), buttons.flatten().to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad():
+    with torch.no_grad(), autocast():
         return torch.cat([encoder(to_float(batch, device)).argmax(-1).cpu() for batch in frames.split(16)])
 
 
@@ -236,22 +233,20 @@ def main(argv=None):
         return Clips(footage, "val", length, val_fraction=args.val_fraction).spread(args.clips)
 
     # --- measure
-    report = {}
-    with autocast_on(device):
-        for stage, checkpoint in loaded.items():
-            sizes = checkpoint["model_args"]
-            model, clips = build_model(checkpoint, folder / f"{stage}.pt").to(device), clips_of(sizes["context_length"])
-            if stage == "tokenizer":
-                values = tokenizer_metrics(model, clips, device, images)
-            else:
-                rest = None
-                if clips[1] is not None and args.val_fraction < 1:
-                    rest = Clips(footage, "train", sizes["context_length"], batch_size=16, val_fraction=args.val_fraction)
-                values = lam_metrics(model, sizes, clips, rest, device)
-            report |= {f"{stage}/{name}": value for name, value in values.items()}
-        if world:
+    report, autocast = {}, autocast_on(device)
+    for stage, checkpoint in loaded.items():
+        sizes = checkpoint["model_args"]
+        model, clips = build_model(checkpoint, folder / f"{stage}.pt").to(device), clips_of(sizes["context_length"])
+        with autocast():
+            values = tokenizer_metrics(model, clips, device, images) if stage == "tokenizer" else lam_metrics(model, clips, device)
+        if stage == "lam" and clips[1] is not None and args.val_fraction < 1:
+            rest = Clips(footage, "train", sizes["context_length"], batch_size=16, val_fraction=args.val_fraction)
+            values["nmi_ceiling"] = metrics.nmi_above_chance(classify_buttons(sizes, rest, clips[0], device, autocast), clips[1])
+        report |= {f"{stage}/{name}": value for name, value in values.items()}
+    if world:
+        with autocast():
             values = dynamics_metrics(world, clips_of(CONTEXT + HORIZON), device, images)
-            report |= {f"dynamics/{name}": value for name, value in values.items()}
+        report |= {f"dynamics/{name}": value for name, value in values.items()}
 
     # --- report
     for name, value in report.items():

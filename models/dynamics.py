@@ -114,7 +114,7 @@ class DynamicsModel(nn.Module):
         self.transformer(self.embed(tokens), self.embed_action(actions), cache=cache, finished=True)
 
     @torch.no_grad()
-    def next_frame(self, last, last_action, action, cache, steps, temperature, generator=None):
+    def next_frame(self, last, last_action, action, cache, steps=4, temperature=0.2, generator=None):
         """One frame of play. last (B, N) with the action that led to it (B,), and the action now (B,) → tokens (B, N).
 
         The cache holds the frames before `last`, which this call finishes. steps: MaskGIT passes; temperature 0 is

@@ -87,6 +87,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
         self.out = nn.Linear(embed_dim, embed_dim)
         nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, x, times=None, mask=None, cache=None, finished=False):
         q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
@@ -129,6 +130,7 @@ class STBlock(nn.Module):
         self.norm_ffn = AdaLN(embed_dim, cond_dim)
         self.ffn = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, embed_dim))
         nn.init.zeros_(self.ffn[-1].weight)
+        nn.init.zeros_(self.ffn[-1].bias)
 
     def forward(self, x, cond, times, mask, cache, finished):
         B = x.shape[0]

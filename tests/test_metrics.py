@@ -60,10 +60,10 @@ def test_frechet_distance_of_gaussians():
 
 
 def test_random_features_order_videos_by_damage():
-    video = torch.rand(80, 8, 1, 1, 3).expand(80, 8, 32, 32, 3).clone()
+    video = torch.rand(80, 16, 1, 1, 3).expand(80, 16, 32, 32, 3).clone()
     for i in range(80):
-        for t in range(8):
-            video[i, t, 4 + 2 * t : 12 + 2 * t, i % 20 : i % 20 + 8] = torch.rand(3, generator=torch.Generator().manual_seed(i))
+        for t in range(16):
+            video[i, t, 4 + t : 12 + t, i % 20 : i % 20 + 8] = torch.rand(3, generator=torch.Generator().manual_seed(i))
 
     def blur(width):
         flat = video.flatten(0, 1).permute(0, 3, 1, 2)

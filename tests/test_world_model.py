@@ -43,6 +43,7 @@ def test_worlds_in_a_batch_are_the_worlds_alone(objective):
         assert all(np.array_equal(world.step(a[i]), frames[i]) for a, frames in zip(actions, together))
 
 
+@torch.no_grad()
 def test_steps_equal_recomputing_the_whole_history_and_the_cache_stays_small():
     world, start = small_world(), pictures(2)
     rng = np.random.default_rng(1)
