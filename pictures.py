@@ -18,6 +18,15 @@ def grid(rows, scale=2, gap=2):
     return enlarge(picture, scale)
 
 
+def labelled_grid(rows, names):
+    """A grid with the names of its columns above."""
+    picture = grid(rows)
+    header = np.full((24, picture.shape[1], 3), 255, dtype=np.uint8)
+    for i, name in enumerate(names):
+        cv2.putText(header, name, (i * picture.shape[1] // len(names) + 4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate([header, picture])
+
+
 def enlarge(frame, scale):
     """Nearest-neighbour enlargement: pixels stay crisp."""
     return frame.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -107,6 +108,7 @@ class Doom:
 
         self.game = vizdoom.DoomGame()
         self.game.load_config(os.path.join(vizdoom.scenarios_path, f"{scenario}.cfg"))
+        self.game.set_doom_config_path(os.path.join(tempfile.gettempdir(), "_vizdoom.ini"))  # else it lands in this folder
         self.game.set_window_visible(False)
         self.game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
         self.game.set_screen_format(vizdoom.ScreenFormat.RGB24)

@@ -7,10 +7,14 @@
 It only types the commands that you could type yourself, and prints each of them.
 """
 import json
+import os
+import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 from config import PRESETS, Parser, UserError, choose_device, print_user_errors
 from record import GAMES
@@ -22,9 +26,20 @@ TEST_SEED = 1000  # games (and CoinRun levels) that training never saw
 def run(*words):
     """Type a command; its failure is ours."""
     print("\n$ python " + " ".join(map(str, words)), flush=True)
-    result = subprocess.run([sys.executable, *map(str, words)], cwd=Path(__file__).parent)
+    script, *options = map(str, words)
+    result = subprocess.run([sys.executable, str(Path(__file__).parent / script), *options])
     if result.returncode:
         sys.exit(result.returncode)
+
+
+def describe_device():
+    device = choose_device("auto")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def git_commit():
+    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
 
 
 def main(argv=None):
@@ -60,8 +75,10 @@ def main(argv=None):
 
     numbers = json.loads((report / "report.json").read_text())
     numbers |= {f"minutes/{name.replace(' ', '_')}": value for name, value in minutes.items()} | {"minutes/total": total}
-    (report / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
     rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
+    numbers |= {"world": args.game, "command": " ".join(["python speedrun.py", *(sys.argv[1:] if argv is None else argv)]),
+                "device": describe_device(), "commit": git_commit()}  # fmt: skip
+    (report / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
     (report / "report.md").write_text(f"# {args.game}, preset {preset}\n\n| metric | value |\n|---|---|\n{rows}")
     print(f"\n{total:.1f} minutes. The world is in {out}, the report (table, JSON, pictures, a GIF per action) in {report}.")
     print(f"Play it: python play.py --checkpoint {out}")

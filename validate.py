@@ -10,7 +10,6 @@ rest of the footage. PSNR in dB over pictures in [0, 1]; "_changing" counts only
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from data_utils import Clips, open_footage, to_float, to_uint8
 from models.checkpoint import MODELS, build_model, check_fit, load_checkpoint
 from models.latent_action_model import LatentActionsEncoder
 from models.world_model import WorldModel
-from pictures import enlarge, grid, save_png, save_video
+from pictures import enlarge, grid, labelled_grid, save_png, save_video
 from train_utils import autocast_on
 
 CONTEXT, HORIZON = 4, 16  # frames that a rollout is given, and frames that it plays
@@ -169,21 +168,18 @@ def dynamics_metrics(world, clips, device, folder):
 
 
 def save_action_pictures(world, starts, actions, folder, n_steps=8):
-    """The action table (rows: start frames; columns: the start, then 4 steps of each latent action) and a GIF per action."""
-    last = []
+    """The action table (rows: start frames; columns: the start, then each latent action held for 4 steps); actions.gif is the
+    table in motion, action_K.gif one column of it."""
+    columns = [np.repeat(starts[:, -1:].numpy(), n_steps + 1, axis=1)]  # each (n, n_steps + 1, H, W, 3)
     for action in range(world.n_actions):
         world.generator.manual_seed(0)
         world.reset(starts, actions[:, : CONTEXT - 1])
-        played = [starts[:, -1].numpy()] + [world.step([action] * len(starts)) for _ in range(n_steps)]
-        last.append(played[4])
-        save_video([enlarge(np.concatenate(frames, axis=1), 2) for frames in played], folder / f"action_{action}.gif", fps=6)
-    columns = np.stack([starts[:, -1].numpy(), *last], axis=1)  # (4, 1 + n_actions, H, W, 3)
-    table = grid(columns)
-    width = table.shape[1] // columns.shape[1]
-    header = np.full((24, table.shape[1], 3), 255, dtype=np.uint8)
-    for i, name in enumerate(["start", *world.action_names]):
-        cv2.putText(header, name, (i * width + 4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    save_png(np.concatenate([header, table]), folder / "actions.png")
+        columns.append(np.stack([starts[:, -1].numpy()] + [world.step([action] * len(starts)) for _ in range(n_steps)], axis=1))
+        side_by_side = np.concatenate(columns[-1], axis=2)  # (n_steps + 1, H, n·W, 3)
+        save_video([enlarge(frame, 2) for frame in side_by_side], folder / f"action_{action}.gif", fps=6)
+    tables = [labelled_grid(np.stack([c[:, t] for c in columns], axis=1), ["start", *world.action_names]) for t in range(n_steps + 1)]
+    save_png(tables[4], folder / "actions.png")
+    save_video(tables, folder / "actions.gif", fps=6)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def test_every_metric_of_every_stage(world_dir, tmp_path):
     assert report["tokenizer/psnr"] > 15 and report["tokenizer/codebook_usage"] > 0.1
     assert report["dynamics/delta_psnr_t4"] > 0
     images = tmp_path / "images"
-    assert {"reconstructions.png", "rollouts.png", "actions.png"} <= {path.name for path in images.iterdir()}
+    assert {"reconstructions.png", "rollouts.png", "actions.png", "actions.gif"} <= {path.name for path in images.iterdir()}
     assert len(list(images.glob("action_*.gif"))) == 8
 
 
