@@ -83,7 +83,7 @@ PRESETS = {
         dict(tokenizer=dict(minutes=3.5), lam=dict(minutes=3.0), dynamics=dict(minutes=8.0)),
     ),
     "gpu": (  # one CUDA GPU
-        dict(batch_size=64, context_length=16, embed_dim=256, hidden_dim=1024, n_heads=8, learning_rate=1e-3, compile=True),
+        dict(batch_size=64, context_length=16, embed_dim=256, hidden_dim=1024, n_heads=8, learning_rate=1e-3),
         dict(tokenizer=dict(minutes=6.0, n_blocks=4), lam=dict(minutes=4.0, n_blocks=4), dynamics=dict(minutes=10.0, n_blocks=8)),
     ),
 }

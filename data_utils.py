@@ -99,7 +99,7 @@ def read_video(path, frame_size):
 def convert_videos(videos, out, frame_size):
     """Videos → one HDF5 file; each video is an episode. A broken one is skipped with a line. Returns `out`."""
     stamp = json.dumps([frame_size, [(v.name, v.stat().st_size, v.stat().st_mtime_ns) for v in videos]])
-    if out.exists():
+    if out.exists() and h5py.is_hdf5(out):
         with h5py.File(out, "r") as file:
             if file.attrs.get("source") == stamp:
                 return out

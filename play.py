@@ -85,8 +85,9 @@ def parse_actions(text, n_actions):
 
 
 def key_table(world):
-    """Lines such as "2  up" and the digit's arrow, in the order of the actions."""
-    return [f"{i} {name if name != str(i) else ''} {ARROW_NAMES[i] if i < 4 else ''}".strip() for i, name in enumerate(world.action_names)]
+    """A line per action: its digit, its name if it has one, its arrow key if it has one, such as "2  turn left  (arrow up)"."""
+    arrows = [f"(arrow {name})" for name in ARROW_NAMES] + [""] * world.n_actions
+    return [f"{i}  {'' if name == str(i) else name + '  '}{arrows[i]}".strip() for i, name in enumerate(world.action_names)]
 
 
 def draw(game, fps, table, held, scale):
@@ -106,6 +107,7 @@ def play_window(game, fps):
     scale = max(1, 512 // game.frame.shape[0])
     print("keys: " + " | ".join(table) + " | R restart | Q quit")
     title = "world"
+    cv2.namedWindow(title, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
     due = time.perf_counter()
     while True:
         cv2.imshow(title, draw(game, shown, table, held, scale))
@@ -136,7 +138,7 @@ def main(argv=None):
     parser.add_argument("--frame", default="", metavar="PICTURE", help="begin from this picture")
     parser.add_argument("--data-path", default="", help="begin from this footage")
     parser.add_argument("--use-dummy-data", action="store_true", help="begin from the dummy world")
-    parser.add_argument("--fps", type=float, default=15.0, help="frames per second [15]")
+    parser.add_argument("--fps", type=float, help="frames per second [as the footage]")
     parser.add_argument("--steps", type=int, help="MaskGIT passes per frame [as trained]")
     parser.add_argument("--temperature", type=float, help="of sampling; 0 is greedy [as trained]")
     parser.add_argument("--seed", type=int, default=0)
@@ -146,18 +148,19 @@ def main(argv=None):
         raise UserError("--actions and --save belong together: --actions 0,3,3,1 --save out.gif")
     if args.save and Path(args.save).suffix.lower() not in (".gif", ".mp4"):
         raise UserError(f"cannot save a video as {args.save}; use a name that ends in .gif or .mp4")
-    if args.fps <= 0:
+    if args.fps is not None and args.fps <= 0:
         raise UserError(f"--fps must be positive, got {args.fps}")
     check_sampling(args)
     if not args.save and sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise UserError("there is no display for a window; use --actions 0,3,3,1 --save out.gif, or play where there is one")
 
     world = WorldModel.load(args.checkpoint, choose_device(args.device), steps=args.steps, temperature=args.temperature)
+    fps = args.fps or world.fps
     game = Game(world, load_starts(args, world), args.seed)
     if not args.save:
-        return play_window(game, args.fps)
+        return play_window(game, fps)
     frames = [game.frame] + [game.press(action) for action in parse_actions(args.actions, world.n_actions)]
-    save_video([enlarge(frame, max(1, 256 // frame.shape[0])) for frame in frames], args.save, args.fps)
+    save_video([enlarge(frame, max(1, 256 // frame.shape[0])) for frame in frames], args.save, fps)
     print(f"{args.save}: {len(frames)} frames")
 
 

@@ -15,12 +15,12 @@ from models.checkpoint import CheckpointError, build_model, check_fit, load_chec
 class WorldModel:
     """tokenizer, lam and dynamics in evaluation mode; lam is None when the dynamics was trained on true actions.
 
-    start_frames uint8 (n, T, H, W, 3), if any, are places to begin from that travel with the world.
+    start_frames uint8 (n, T, H, W, 3), if any, are places to begin from that travel with the world; fps is the footage's.
     """
 
-    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, steps=4, temperature=0.2, seed=0):
+    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, fps=15.0, steps=4, temperature=0.2, seed=0):
         self.tokenizer, self.lam, self.dynamics = tokenizer, lam, dynamics
-        self.start_frames, self.steps, self.temperature = start_frames, steps, temperature
+        self.start_frames, self.fps, self.steps, self.temperature = start_frames, fps, steps, temperature
         self.n_actions = dynamics.null_action
         self.action_names = action_names or [str(i) for i in range(self.n_actions)]
         self.frame_size = list(tokenizer.frame_size)
@@ -44,7 +44,7 @@ class WorldModel:
         models = {s: build_model(c, files[s]).to(device) for s, c in {**loaded, "dynamics": dynamics}.items()}
         trained = {name: dynamics["config"][name] for name in ("steps", "temperature")}
         return cls(
-            models["tokenizer"], models.get("lam"), models["dynamics"], dynamics["start_frames"], dynamics["action_names"],
+            models["tokenizer"], models.get("lam"), models["dynamics"], dynamics["start_frames"], dynamics["action_names"], dynamics["fps"],
             **{**trained, **{name: value for name, value in settings.items() if value is not None}},
         )  # fmt: skip
 
