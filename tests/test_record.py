@@ -3,12 +3,12 @@ import importlib.util
 import h5py
 import numpy as np
 import pytest
+from test_data_utils import options
 
 import record
 from config import UserError
 from data_utils import Clips, open_footage
 from record import GAMES, Game, record_shard
-from test_data_utils import options
 
 
 def test_the_same_seed_records_the_same_frames_with_any_number_of_processes(tmp_path, monkeypatch):
