@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import train_tokenizer
 from config import PRESETS, LatentActionConfig, UserError, parse_config
 from data_utils import Clips, DatasetWriter, Footage, dummy_world, to_float
 from models.checkpoint import CheckpointError, build_model, load_checkpoint
+from train_utils import count_updates
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}
@@ -93,6 +96,21 @@ def test_settings_come_from_the_command_line_then_the_preset_then_the_default(ca
     assert "preset tiny on cpu" in capsys.readouterr().out
     cfg = parse_config(LatentActionConfig, "lam", "", ["--out", "x", "--preset", "cpu", "--n-updates", "7", "--device", "cpu"])
     assert cfg.n_updates == 7 and cfg.minutes == 0  # one budget, the given one
+
+
+def test_every_budget_becomes_a_number_of_updates():
+    clips = Clips(Footage(np.zeros((1000, 2, 2, 3), np.uint8)), "train", 10)  # 900 frames
+    given = dict(n_updates=0, num_epochs=0, minutes=0, batch_size=6, context_length=10, device="cpu")
+
+    def count(trial=None, **budget):
+        return count_updates(Namespace(**{**given, **budget}), clips, trial)
+
+    assert count(n_updates=7) == 7
+    assert count(num_epochs=2) == 30  # 2 · 900 frames, 60 a step
+    before = torch.get_rng_state()
+    updates = count(lambda: (torch.rand(3), time.sleep(0.02)), minutes=1)
+    assert 60 / 0.02 * 0.5 < updates <= 60 / 0.02  # a tenth is kept for the rest; a busy machine sleeps longer
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(
