@@ -32,7 +32,6 @@ class Config:
     context_length: int = 8  # frames per clip, and how far back attention sees
     learning_rate: float = 2e-3  # peak; 50 steps of warm-up, then linear decay to a twentieth
     grad_clip: float = 1.0  # largest gradient norm
-    patch_size: int = 8  # pixels per side of a token
     embed_dim: int = 128  # width of the transformer
     hidden_dim: int = 512  # width of its feed-forward layers
     n_heads: int = 4  # attention heads
@@ -48,11 +47,13 @@ class Config:
 
 @dataclass
 class TokenizerConfig(Config):
+    patch_size: int = 8  # pixels per side of a token
     levels: tuple = (4, 4, 4, 4, 4)  # FSQ levels per dimension; 4,4,4,4,4 makes 1,024 codes
 
 
 @dataclass
 class LatentActionConfig(Config):
+    patch_size: int = 8  # pixels per side of a patch
     n_actions: int = 8  # how many latent actions; a power of two
     keep_rate: float = 1.0  # share of the history that the decoder sees (1: Genie; 0: the article, first frame only)
     encoder: str = "pairs"  # pairs: both frames in one patch; frames: pooled frames compared (the article)
@@ -131,9 +132,16 @@ def choose_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("not supported here")
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); use cpu or cuda") from None
     return device
+
+
+def integers(text):
+    """ "4,4,4" → (4, 4, 4)."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def help_of(kind):
@@ -151,7 +159,7 @@ def parse_config(kind, stage, description, argv=None):
         if isinstance(default, bool):
             options = dict(action="store_true")
         elif isinstance(default, tuple):
-            options = dict(type=lambda text: tuple(int(part) for part in text.split(",")), metavar="4,4,…")
+            options = dict(type=integers, metavar="4,4,…")
         else:
             options = dict(type=type(default), choices=CHOICES.get(field.name))
         shown = "" if default in ("", 0, 0.0, False) else f" [{default}]"
@@ -183,7 +191,8 @@ def check(cfg):
     need(len(budgets) == 1, f"give exactly one of --n-updates, --num-epochs and --minutes, not {' and '.join(budgets) or 'none'}")
     for name in (*budgets, "batch_size", "patch_size", "embed_dim", "hidden_dim", "n_heads", "n_blocks", "learning_rate",
                  "grad_clip", "sample_every", "save_every", "frame_size"):  # fmt: skip
-        need(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name)}")
+        need(getattr(cfg, name, 1) > 0, f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name, 1)}")
+    need(cfg.seed >= 0, f"--seed must not be negative, got {cfg.seed}")
     need(cfg.out, "say where the world is to be saved, for example --out checkpoints/pong")
     need(cfg.context_length >= 2, f"--context-length must be at least 2 frames, got {cfg.context_length}")
     need(cfg.embed_dim % (2 * cfg.n_heads) == 0, f"--embed-dim {cfg.embed_dim} must be an even multiple of --n-heads {cfg.n_heads}")

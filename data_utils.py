@@ -10,6 +10,7 @@ optional `episode_starts` int64; attributes fps, game, action_names.
 """
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class DatasetWriter:
     def __init__(self, path, frame_size, with_actions=False, **attributes):
         self.path = Path(path)
         self.part = self.path.with_name(self.path.name + ".part")
+        if self.path.is_dir():
+            raise UserError(f"cannot write {self.path}: it is a folder; give the name of an HDF5 file")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = h5py.File(self.part, "w")
@@ -92,7 +95,7 @@ def read_video(path, frame_size):
         capture.release()
     if n == 0:
         raise ValueError("no frame can be read")
-    if n < 0.9 * expected:  # the count in a header can be an estimate
+    if path.suffix.lower() in (".mp4", ".avi") and n < 0.9 * expected:  # other kinds do not store a count, it is guessed
         raise ValueError(f"it ends after {n} of {expected:.0f} frames")
 
 
@@ -104,7 +107,8 @@ def convert_videos(videos, out, frame_size):
             if file.attrs.get("source") == stamp:
                 return out
     capture = cv2.VideoCapture(str(videos[0]))
-    fps = capture.get(cv2.CAP_PROP_FPS) or 15.0
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    fps = fps if 1 <= fps <= 60 else 15.0  # what a header says can be anything
     capture.release()
     with DatasetWriter(out, frame_size, fps=fps, game=out.stem, source=stamp) as writer:
         for video in tqdm(videos, desc="reading videos", unit="video", disable=None):
@@ -120,7 +124,7 @@ def convert_videos(videos, out, frame_size):
                 writer.starts.append(start)
             except ValueError as reason:
                 writer.cut_back(start)
-                tqdm.write(f"skipped {video.name}: {reason}")
+                tqdm.write(f"skipped {video.name}: {reason}", file=sys.stderr)
         if not writer.starts:
             raise UserError(f"none of the {len(videos)} videos can be read ({videos[0]}, …); convert them to mp4 (H.264)")
     return out
@@ -167,9 +171,9 @@ def open_footage(cfg) -> Footage:
         return Footage(*dummy_world(), action_names=("stay", "left", "right", "up", "down"), name="dummy data")
     if not cfg.data_path:
         raise UserError("no footage given: use --data-path with a folder, a video or an HDF5 file, or --use-dummy-data")
-    path, suffixes = Path(cfg.data_path), ", ".join(sorted(VIDEO_SUFFIXES))
+    path, suffixes = Path(cfg.data_path).resolve(), ", ".join(sorted(VIDEO_SUFFIXES))
     if not path.exists():
-        raise UserError(f"no such file or folder: {path}; check --data-path")
+        raise UserError(f"no such file or folder: {cfg.data_path}; check --data-path")
     kind = cfg.data_type
     if kind == "auto":
         kind = "folder" if path.is_dir() else "video" if path.suffix.lower() in VIDEO_SUFFIXES else "h5"
@@ -188,14 +192,21 @@ def open_footage(cfg) -> Footage:
         raise UserError(f"{path} must hold a dataset `frames`, uint8 (N, H, W, 3), but has {found}; store RGB frames so")
     if actions is not None and actions.shape != frames.shape[:1]:
         raise UserError(f"{path} has {actions.shape} actions for {len(frames)} frames; store one per frame, or none")
+    if actions is not None and len(actions) and actions[:].min() < 0:
+        raise UserError(f"{path} has an action {actions[:].min()}; number the actions from 0")
     return Footage(
         frames[:] if frames.size <= IN_MEMORY else frames,
         None if actions is None else actions[:].astype(np.int64),
         file["episode_starts"][:] if "episode_starts" in file else (),
         tuple(str(name) for name in file.attrs.get("action_names", ())),
-        float(file.attrs.get("fps", 15.0)),
+        float(file.attrs.get("fps", 15.0)) or 15.0,
         str(path),
     )
+
+
+def n_buttons(footage):
+    """How many true actions there are: as named, else as seen."""
+    return max(len(footage.action_names), int(footage.actions.max()) + 1)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -213,7 +224,7 @@ class Clips:
             longest = max(b - a for a, b in zip(edges, edges[1:]))
             raise UserError(
                 f"{footage.name}: no clip of {length} frames fits into the {part} part, its longest episode has {longest} "
-                f"(of {n} frames in all); use longer footage or a smaller --context-length"
+                f"(of {n} frames in all); use longer footage, a smaller --context-length or, in validate.py, a larger --val-fraction"
             )
         self.n_frames = high - low
 
@@ -244,5 +255,5 @@ def to_float(frames, device=None):
 
 
 def to_uint8(frames):
-    """float (…, 3, H, W) in [-1, 1] → uint8 (…, H, W, 3)."""
-    return ((frames + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1)
+    """float (…, 3, H, W) in [-1, 1] → uint8 (…, H, W, 3), on the CPU."""
+    return ((frames + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1).cpu()

@@ -67,15 +67,15 @@ def best_mapping_accuracy(codes, actions):
     return float(counts.max(axis=1).sum() / counts.sum())
 
 
+@torch.autocast("cpu", enabled=False)
 def consistency(changes, codes, clips):
     """(share of transitions whose most similar transition of another clip has the same code, the share by chance).
 
     changes (M, K): the change picture of each transition, flattened; codes (M,); clips (M,) the clip it comes from.
     """
-    unit = torch.nn.functional.normalize(changes, dim=1)
-    similarity = unit @ unit.T  # (M, M) cosines
-    similarity[clips[:, None] == clips[None, :]] = -2
-    nearest = similarity.argmax(dim=1)
+    distance = torch.cdist(changes.float(), changes.float())  # (M, M)
+    distance[clips[:, None] == clips[None, :]] = float("inf")
+    nearest = distance.argmin(dim=1)
     return float((codes[nearest] == codes).float().mean()), float((shares(codes, int(codes.max()) + 1) ** 2).sum())
 
 
@@ -91,6 +91,7 @@ def frechet_distance(a, b):
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def random_conv_features(videos, seed=0):
     """videos (n, T, H, W, 3) in [0, 1] → (n, 32) features of a fixed random 3-D convolutional network, in thousandths.
 

@@ -4,7 +4,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image  # comes with matplotlib
+
+from config import UserError
 
 
 def grid(rows, scale=2, gap=2):
@@ -47,6 +49,8 @@ def save_video(frames, path, fps):
     elif path.suffix.lower() == ".mp4":
         H, W = frames[0].shape[:2]
         writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (W, H))
+        if not writer.isOpened():
+            raise UserError(f"cannot write {path}: no place or no MPEG-4 encoder; try a .gif")
         for frame in frames:
             writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
         writer.release()
@@ -56,7 +60,7 @@ def save_video(frames, path, fps):
 
 def save_curves(lines, path):
     """metrics.jsonl lines (dicts with `step`) → a picture: the loss, and one small plot for each other number."""
-    names = [name for name in dict.fromkeys(n for line in lines for n in line) if not name.startswith(("val_", "step", "rate"))]
+    names = [name for name in dict.fromkeys(n for line in lines for n in line) if not name.startswith(("val_", "step"))]
     figure = Figure(figsize=(3.6 * len(names), 2.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0] if names else [], names):
         for key, label in ((name, "train"), (f"val_{name}", "validation")):

@@ -4,7 +4,7 @@
     python play.py --checkpoint checkpoints/pong --actions 0,3,3,1 --save out.gif   no window needed; .mp4 works too
     python play.py --checkpoint checkpoints/pong --frame picture.png              begin from a picture
 
-Keys: digits choose a latent action (the arrows stand for the first four), it is held until the next; R restarts from
+Keys: digits, then letters, choose a latent action (the arrows stand for the first four), held until the next; R restarts from
 another first frame, Q quits. First frames come from --data-path, from --frame, or else travelled with the world.
 """
 import os
@@ -24,6 +24,7 @@ from pictures import enlarge, save_video
 # What cv2.waitKeyEx returns for left, right, up, down on Linux, Windows and macOS.
 ARROWS = [(65361, 2424832, 63234), (65363, 2555904, 63235), (65362, 2490368, 63232), (65364, 2621440, 63233)]
 ARROW_NAMES = ["left", "right", "up", "down"]
+KEYS = "0123456789abcdefghijklmnopstuvwxyz"  # without q and r
 
 
 class Game:
@@ -85,9 +86,9 @@ def parse_actions(text, n_actions):
 
 
 def key_table(world):
-    """A line per action: its digit, its name if it has one, its arrow key if it has one, such as "2  turn left  (arrow up)"."""
+    """A line per action: its key, its name if it has one, its arrow key if it has one, such as "2  turn left  (arrow up)"."""
     arrows = [f"(arrow {name})" for name in ARROW_NAMES] + [""] * world.n_actions
-    return [f"{i}  {'' if name == str(i) else name + '  '}{arrows[i]}".strip() for i, name in enumerate(world.action_names)]
+    return [f"{KEYS[i : i + 1]}  {'' if name == str(i) else name + '  '}{arrows[i]}".strip() for i, name in enumerate(world.action_names)]
 
 
 def draw(game, fps, table, held, scale):
@@ -95,9 +96,10 @@ def draw(game, fps, table, held, scale):
     picture = enlarge(game.frame, scale)
     panel = np.full((picture.shape[0], 190, 3), 30, dtype=np.uint8)
     lines = [f"{fps:.0f} frames/s", "", *table, "", "R restart", "Q quit"]
+    height = min(24, picture.shape[0] // (len(lines) + 1))
     for i, line in enumerate(lines):
         color = (90, 220, 255) if i == held + 2 else (220, 220, 220)
-        cv2.putText(panel, line, (12, 28 + 24 * i), cv2.FONT_HERSHEY_SIMPLEX, 0.55, color, 1, cv2.LINE_AA)
+        cv2.putText(panel, line, (12, height * (i + 1)), cv2.FONT_HERSHEY_SIMPLEX, height / 44, color, 1, cv2.LINE_AA)
     return cv2.cvtColor(np.concatenate([picture, panel], axis=1), cv2.COLOR_RGB2BGR)
 
 
@@ -108,7 +110,7 @@ def play_window(game, fps):
     print("keys: " + " | ".join(table) + " | R restart | Q quit")
     title = "world"
     cv2.namedWindow(title, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
-    due = time.perf_counter()
+    due = last = time.perf_counter()
     while True:
         cv2.imshow(title, draw(game, shown, table, held, scale))
         key = cv2.waitKeyEx(max(1, int(1000 * (due - time.perf_counter()))))
@@ -116,17 +118,16 @@ def play_window(game, fps):
             break
         if key in (ord("r"), ord("R")):
             game.restart()
-        digit = key - ord("0")
-        if 0 <= digit < min(10, game.world.n_actions):
-            held = digit
+        if 0 < key < 128 and chr(key).lower() in KEYS[: game.world.n_actions]:
+            held = KEYS.index(chr(key).lower())
         for action, codes in enumerate(ARROWS[: game.world.n_actions]):
             held = action if key in codes else held
         if key != -1 and time.perf_counter() < due:  # a key came early: wait for the frame's time
             continue
-        began = time.perf_counter()
-        due = max(due + 1 / fps, began)  # never hurry to catch up
+        now = time.perf_counter()
+        shown, last = 0.9 * shown + 0.1 / (now - last), now
+        due = max(due + 1 / fps, now)  # never hurry to catch up
         game.press(held)
-        shown = 0.9 * shown + 0.1 / max(time.perf_counter() - began, 1 / fps)
     cv2.destroyAllWindows()
 
 
@@ -151,6 +152,8 @@ def main(argv=None):
     if args.fps is not None and args.fps <= 0:
         raise UserError(f"--fps must be positive, got {args.fps}")
     check_sampling(args)
+    if args.seed < 0:
+        raise UserError(f"--seed must not be negative, got {args.seed}")
     if not args.save and sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise UserError("there is no display for a window; use --actions 0,3,3,1 --save out.gif, or play where there is one")
 

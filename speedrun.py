@@ -38,7 +38,10 @@ def describe_device():
 
 
 def git_commit():
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

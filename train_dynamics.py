@@ -10,7 +10,6 @@ Out:  OUT/dynamics.pt; in OUT/dynamics/: metrics.jsonl, loss.png and pictures (t
 
 Both earlier stages stay frozen and run on each batch; masks, loss and decoding are in models/dynamics.py.
 """
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from config import DynamicsConfig, UserError, parse_config, print_user_errors
-from data_utils import open_footage, to_float
-from models.checkpoint import build_model, check_fit, fingerprint, load_checkpoint
+from data_utils import n_buttons, open_footage, to_float
+from models.checkpoint import build_model, check_fit, fingerprint, load_checkpoint, save_checkpoint
 from models.dynamics import DynamicsModel
 from models.world_model import WorldModel
 from pictures import grid, save_png
@@ -27,7 +26,7 @@ from train_utils import Run, count_updates, open_clips, rate_at, set_up, validat
 
 
 def load_frozen(cfg, clips, device):
-    """Stages 1 and 2 as cfg names them. → (tokenizer, LAM or None for true actions, sizes for the model, checkpoints by file)."""
+    """Stages 1 and 2 as cfg names them. → (tokenizer, LAM or None for true actions, sizes for the model, their checkpoints)."""
     files = {"tokenizer": Path(cfg.video_tokenizer_path or Path(cfg.out) / "tokenizer.pt")}
     if cfg.actions == "latent":
         files["lam"] = Path(cfg.lam_path or Path(cfg.out) / "lam.pt")
@@ -35,14 +34,18 @@ def load_frozen(cfg, clips, device):
         raise UserError(f"--actions true, but {cfg.data_path} has no recorded actions; leave it out to use latent ones")
     saved = {stage: load_checkpoint(path, stage) for stage, path in files.items()}
     check_fit(saved["tokenizer"], saved.get("lam"))
+    for stage in saved:
+        home = Path(cfg.out) / f"{stage}.pt"
+        if home.exists() and fingerprint(load_checkpoint(home, stage)) != fingerprint(saved[stage]):
+            raise UserError(f"{home} is another {stage} than {files[stage]}; a world has one of each, so use another --out")
     sizes = saved["tokenizer"]["model_args"]
     if sizes["frame_size"] != clips.frame_size:
         raise UserError(f"{files['tokenizer']} is for frames of {sizes['frame_size']}, the footage has {clips.frame_size}")
     (H, W), P = sizes["frame_size"], sizes["patch_size"]
-    n_actions = saved["lam"]["model_args"]["n_actions"] if "lam" in saved else int(clips.footage.actions.max()) + 1
+    n_actions = saved["lam"]["model_args"]["n_actions"] if "lam" in saved else n_buttons(clips.footage)
     model_sizes = dict(n_patches=(H // P) * (W // P), levels=sizes["levels"], n_actions=n_actions)
     models = {stage: build_model(checkpoint, files[stage]).to(device) for stage, checkpoint in saved.items()}
-    return models["tokenizer"], models.get("lam"), model_sizes, {files[stage]: saved[stage] for stage in saved}
+    return models["tokenizer"], models.get("lam"), model_sizes, list(saved.values())
 
 
 def rollout_picture(world, frames, actions):
@@ -95,15 +98,16 @@ def main(argv=None):
 
     # --- output folder and resume
     run = Run(cfg, "dynamics")
-    first, n_updates = run.open(model, optimizer, n_updates)
+    inputs = {checkpoint["stage"]: fingerprint(checkpoint) for checkpoint in frozen}
+    first, n_updates = run.open(model, optimizer, n_updates, model_args=model_args, inputs=inputs)
     done = first
-    for path, checkpoint in frozen.items():  # a world is complete: bring stages that were trained elsewhere
+    for checkpoint in frozen:  # a world is complete: bring stages that were trained elsewhere
         home = Path(cfg.out) / f"{checkpoint['stage']}.pt"
-        if path.resolve() != home.resolve():
-            shutil.copyfile(path, home)
+        if not home.exists():
+            save_checkpoint(home, checkpoint)
     more = dict(
-        model_args=model_args, inputs={c["stage"]: fingerprint(c) for c in frozen.values()}, fps=train.footage.fps,
-        start_frames=val.spread(8)[0][:, :4], action_names=list(train.footage.action_names) if not lam else None,
+        model_args=model_args, inputs=inputs, fps=train.footage.fps,
+        start_frames=val.spread(8)[0][:, :4].clone(), action_names=list(train.footage.action_names) if not lam else None,
     )  # fmt: skip
 
     # --- loop
@@ -132,7 +136,7 @@ def main(argv=None):
             model.train()
         if done % cfg.save_every == 0 or last:
             run.save(model, optimizer, done, n_updates, **more)
-        if run.stopped:
+        if last:
             break
 
     # --- finish

@@ -56,7 +56,7 @@ def main(argv=None):
 
     # --- output folder and resume
     run = Run(cfg, "lam")
-    first, n_updates = run.open(model, optimizer, n_updates)
+    first, n_updates = run.open(model, optimizer, n_updates, model_args=model_args)
     done = first
 
     # --- loop
@@ -78,13 +78,13 @@ def main(argv=None):
             bar.set_postfix_str(f"loss {loss:.3f}, {logs['error_over_copy']:.2f} of copy, {logs['codes_used']} codes", refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), torch.random.fork_rng(), autocast():
                 run.log(done, **validation_logs(network, val_batches))
                 predicted = model.predict(frames)
             save_png(grid([to_uint8(f[:, -1]) for f in (frames[:, :-1], predicted, frames)]), run.folder / f"step_{done:06d}.png")
         if done % cfg.save_every == 0 or last:
             run.save(model, optimizer, done, n_updates, model_args=model_args)
-        if run.stopped:
+        if last:
             break
 
     # --- finish

@@ -54,7 +54,7 @@ def main(argv=None):
 
     # --- output folder and resume
     run = Run(cfg, "tokenizer")
-    first, n_updates = run.open(model, optimizer, n_updates)
+    first, n_updates = run.open(model, optimizer, n_updates, model_args=model_args)
     done = first
 
     # --- loop
@@ -76,13 +76,13 @@ def main(argv=None):
             bar.set_postfix_str(f"loss {loss:.5f}, {logs['psnr']:.1f} dB", refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), torch.random.fork_rng(), autocast():
                 run.log(done, **validation_logs(network, val_batches))
                 rebuilt = model.decode(model.encode(frames))
             save_png(grid([to_uint8(frames[:, -1]), to_uint8(rebuilt[:, -1])]), run.folder / f"step_{done:06d}.png")
         if done % cfg.save_every == 0 or last:
             run.save(model, optimizer, done, n_updates, model_args=model_args)
-        if run.stopped:
+        if last:
             break
 
     # --- finish

@@ -20,8 +20,12 @@ def set_up(cfg):
     torch.manual_seed(cfg.seed)
     device = torch.device(cfg.device)
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    return device, autocast_on(device, cfg.dtype)
+    autocast = autocast_on(device, cfg.dtype)
+    cfg.dtype = "bfloat16" if autocast.keywords["enabled"] else "float32"
+    print(f"matrix products in {cfg.dtype}")
+    return device, autocast
 
 
 def autocast_on(device, dtype="auto"):
@@ -50,8 +54,9 @@ def open_clips(footage, cfg):
     train = Clips(footage, "train", cfg.context_length, cfg.batch_size, cfg.seed)
     val = Clips(footage, "val", cfg.context_length, cfg.batch_size, cfg.seed)
     H, W = train.frame_size
-    if H % cfg.patch_size or W % cfg.patch_size:
-        raise UserError(f"frames of {H}×{W} pixels do not divide into --patch-size {cfg.patch_size}; use a divisor of both sides")
+    P = getattr(cfg, "patch_size", 1)  # the dynamics model never sees pixels
+    if H % P or W % P:
+        raise UserError(f"frames of {H}×{W} pixels do not divide into --patch-size {P}; use a divisor of both sides")
     print(f"data: {train.n_frames:,} frames of {H}×{W} to train on, {val.n_frames:,} to validate; {len(train.starts):,} clips")
     return train, val
 
@@ -101,18 +106,20 @@ class Run:
         self.cfg, self.stage = cfg, stage
         self.folder, self.path = Path(cfg.out) / stage, Path(cfg.out) / f"{stage}.pt"
         self.stopped, self.lines = False, []
-        self.data_option = "--use-dummy-data" if cfg.use_dummy_data else f"--data-path {cfg.data_path}"  # for the next command
+        self.data_option = "--use-dummy-data" if cfg.use_dummy_data or cfg.data_type == "dummy" else f"--data-path {cfg.data_path}"  # for the next command
 
-    def open(self, model, optimizer, n_updates):
-        """Create the folder; with --resume restore everything. → (first step, number of updates)."""
+    def open(self, model, optimizer, n_updates, **same):
+        """Create the folder; with --resume restore everything. → (first step, number of updates).
+
+        `same` are entries of the checkpoint (model_args, inputs) that must not have changed.
+        """
         step = 0
         if self.cfg.resume:
             saved = load_checkpoint(self.path, self.stage)
-            try:
-                model.load_state_dict(saved["model"])
-            except RuntimeError as error:
-                reason = str(error).splitlines()[-1].strip()
-                raise UserError(f"cannot resume: {self.path} was trained with other sizes ({reason})") from None
+            for name, value in ((f"{kind} {k}", (saved[kind].get(k), v)) for kind, now in same.items() for k, v in now.items()):
+                if value[0] != value[1]:
+                    raise UserError(f"cannot resume {self.path}: {name} was {value[0]}, now it is {value[1]}; leave out --resume")
+            model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"]["cpu"])
             if saved["rng"]["cuda"] is not None and torch.cuda.is_available():
@@ -127,7 +134,7 @@ class Run:
             picture.unlink()
         log = self.folder / "metrics.jsonl"
         if step and log.exists():
-            self.lines = [line for line in map(json.loads, log.read_text().splitlines()) if line["step"] <= step]
+            self.lines = [line for line in map(json.loads, (x for x in log.read_text().splitlines() if x.endswith("}"))) if line["step"] <= step]
         log.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave; a second signal stops at once
             signal.signal(number, self.stop)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import metrics
 from config import Parser, UserError, check_sampling, choose_device, print_user_errors
-from data_utils import Clips, open_footage, to_float, to_uint8
+from data_utils import Clips, n_buttons, open_footage, to_float, to_uint8
 from models.checkpoint import MODELS, build_model, check_fit, load_checkpoint
 from models.latent_action_model import LatentActionsEncoder
 from models.world_model import WorldModel
@@ -37,7 +37,7 @@ def tokenizer_metrics(tokenizer, clips, device, folder):
     tokens, rebuilt = [], []
     for batch in frames.split(16):
         tokens.append(tokenizer.encode(to_float(batch, device)))
-        rebuilt.append(to_uint8(tokenizer.decode(tokens[-1])).cpu())
+        rebuilt.append(to_uint8(tokenizer.decode(tokens[-1])))
     truth, predicted = unit(frames[:, 1:]), unit(torch.cat(rebuilt)[:, 1:])
     mask = metrics.changed(truth, unit(frames[:, :-1]))
     use = metrics.shares(torch.cat(tokens).cpu(), tokenizer.quantizer.codebook_size)
@@ -58,7 +58,7 @@ def lam_metrics(lam, clips, device):
     codes, predicted = [], []
     for batch in frames.split(16):
         codes.append(lam.infer(to_float(batch, device)).cpu())
-        predicted.append(to_uint8(lam.predict(to_float(batch, device))).cpu())
+        predicted.append(to_uint8(lam.predict(to_float(batch, device))))
     codes, predicted, truth = torch.cat(codes), unit(torch.cat(predicted)), unit(frames[:, 1:])  # codes (B, T-1)
     use = metrics.shares(codes, lam.n_actions)
     changes = (to_float(frames)[:, 1:] - to_float(frames)[:, :-1]).flatten(0, 1)  # (M, 3, H, W)
@@ -90,7 +90,7 @@ def classify_buttons(model_args, rest, frames, device, autocast, n_updates=400):
     sizes = {name: model_args[name] for name in ("frame_size", "patch_size", "embed_dim", "hidden_dim", "n_heads", "n_blocks",
                                                  "context_length")}  # fmt: skip
     torch.manual_seed(0)
-    encoder = LatentActionsEncoder(**sizes, out_dim=int(rest.footage.actions.max()) + 1).to(device)
+    encoder = LatentActionsEncoder(**sizes, out_dim=n_buttons(rest.footage)).to(device)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)
     for step in tqdm(range(n_updates), desc="ceiling", unit="step", leave=False, mininterval=1):
         batch, buttons = rest.batch(step)
@@ -155,7 +155,7 @@ def dynamics_metrics(world, clips, device, folder):
             for name in others:
                 result[f"delta_psnr{name}_t4"] = whole["inferred"] - whole[name]
                 result[f"delta_psnr{name}_t4_changing"] = moving["inferred"] - moving[name]
-    if len(frames) >= 64 and truth.shape[1] >= 8:  # 32 features: fewer clips would make the covariance a guess
+    if len(frames) >= 64:  # 32 features: fewer clips would make the covariance a guess
         real = metrics.random_conv_features(truth)
         result["fvd_random_conv"] = metrics.frechet_distance(metrics.random_conv_features(unit(played["inferred"])), real)
         still = copy.expand(-1, truth.shape[1], -1, -1, -1)
@@ -228,11 +228,17 @@ def main(argv=None):
     def clips_of(length):
         return Clips(footage, "val", length, val_fraction=args.val_fraction).spread(args.clips)
 
+    clips_for = {stage: clips_of(checkpoint["model_args"]["context_length"]) for stage, checkpoint in loaded.items()}
+    if world:
+        clips_for["dynamics"] = clips_of(CONTEXT + HORIZON)
+        if world.lam is None and (footage.actions is None or footage.actions.max() >= world.n_actions):
+            raise UserError(f"{path} was trained on true actions 0 … {world.n_actions - 1}; {footage.name} must have the same ones")
+
     # --- measure
     report, autocast = {}, autocast_on(device)
     for stage, checkpoint in loaded.items():
-        sizes = checkpoint["model_args"]
-        model, clips = build_model(checkpoint, folder / f"{stage}.pt").to(device), clips_of(sizes["context_length"])
+        sizes, clips = checkpoint["model_args"], clips_for[stage]
+        model = build_model(checkpoint, folder / f"{stage}.pt").to(device)
         with autocast():
             values = tokenizer_metrics(model, clips, device, images) if stage == "tokenizer" else lam_metrics(model, clips, device)
         if stage == "lam" and clips[1] is not None and args.val_fraction < 1:
@@ -241,7 +247,7 @@ def main(argv=None):
         report |= {f"{stage}/{name}": value for name, value in values.items()}
     if world:
         with autocast():
-            values = dynamics_metrics(world, clips_of(CONTEXT + HORIZON), device, images)
+            values = dynamics_metrics(world, clips_for["dynamics"], device, images)
         report |= {f"dynamics/{name}": value for name, value in values.items()}
 
     # --- report

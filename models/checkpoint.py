@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code, and enough to rebuild the model by themselves.
 
-One .pt file per stage: stage, model_args, config, model (weights), optimizer, step, n_updates, rng, metrics, inputs.
+One .pt file per stage: stage, model_args, config, model (weights), optimizer, step, n_updates, rng, metrics; dynamics.pt adds
+inputs (fingerprints of the two others), fps, start_frames and action_names.
 """
 import hashlib
 import os
@@ -24,11 +25,14 @@ def save_checkpoint(path, checkpoint: dict):
     """Write to a temporary file, flush to disk, rename: at every moment `path` is absent, old or new, never half."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path, stage: str) -> dict:
@@ -38,8 +42,8 @@ def load_checkpoint(path, stage: str) -> dict:
         raise CheckpointError(f"no checkpoint at {path}; train it first with: python train_{stage}.py --out {path.parent}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["stage"]
-    except (OSError, EOFError, KeyError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError):
+        found, _, _ = (checkpoint[name] for name in ("stage", "model_args", "model"))
+    except (OSError, EOFError, IndexError, KeyError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError):
         raise CheckpointError(f"{path} is not a checkpoint of this project, or it is damaged; train it again") from None
     if found != stage:
         raise CheckpointError(f"{path} is a {found} checkpoint, but a {stage} checkpoint is needed here")

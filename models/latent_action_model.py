@@ -103,14 +103,14 @@ class LatentActionModel(nn.Module):
         self.decoder = LatentActionsDecoder(*sizes, action_dim, keep_rate)
 
     def latents(self, frames):
-        """frames → pre-quantised actions (B, T-1, A), each vector with a mean square of 1."""
+        """frames → pre-quantised actions (B, T-1, A), each vector with a mean square of 1 (if A > 1)."""
         z = self.encoder(frames).float()
-        return F.rms_norm(z, z.shape[-1:])
+        return F.rms_norm(z, z.shape[-1:]) if z.shape[-1] > 1 else z  # a single number would become ±1
 
     def collapse_penalty(self, soft_bits):
         """soft_bits (B, T-1, A) in (-1, 1): the article's variance penalty minus the entropy bonus, a scalar."""
         soft_bits = soft_bits.flatten(0, 1)  # (M, A)
-        variance = soft_bits.var(dim=0)
+        variance = soft_bits.var(dim=0, correction=0)
         codes = self.quantizer.indices_to_codes(torch.arange(self.n_actions, device=soft_bits.device))  # (n_actions, A)
         share = ((1 + soft_bits.unsqueeze(1) * codes) / 2).prod(dim=-1).mean(dim=0)  # (n_actions,), sums to 1
         # Bit by bit all may look well while two bits say the same; the entropy of the joint code sees that.
@@ -120,19 +120,17 @@ class LatentActionModel(nn.Module):
     def forward(self, frames):
         """frames → (loss, logs): squared error relative to copying the last frame, codes used, variance of the bits."""
         latents = self.latents(frames)
-        codes = self.quantizer(latents)  # (B, T-1, A), ±1
+        codes, soft_bits = self.quantizer(latents), self.quantizer.bound(latents)  # (B, T-1, A): ±1, and between
         actions = codes
         if self.training:
-            soft = torch.rand_like(codes) < 0.5
-            actions = torch.where(soft, self.quantizer.bound(latents), codes)
+            actions = torch.where(torch.rand_like(codes) < 0.5, soft_bits, codes)
         error = F.mse_loss(self.decoder(frames[:, :-1], actions), frames[:, 1:])
         copy_error = F.mse_loss(frames[:, :-1], frames[:, 1:]).clamp_min(1e-8)  # a still clip has none
-        soft_bits = self.quantizer.bound(latents)
         loss = error / copy_error + self.collapse_penalty(soft_bits)
         logs = {
             "error_over_copy": (error / copy_error).detach(),
             "codes_used": self.quantizer.codes_to_indices(codes.detach()).unique().numel(),
-            "bit_variance": soft_bits.detach().flatten(0, 1).var(dim=0).mean(),
+            "bit_variance": soft_bits.detach().flatten(0, 1).var(dim=0, correction=0).mean(),
         }
         return loss, logs
 

@@ -52,7 +52,7 @@ class WorldModel:
     def reset(self, frames, actions=None):
         """Begin after `frames`: uint8 (H, W, 3), (T, H, W, 3) or, for B worlds at once, (B, T, H, W, 3).
 
-        actions (B, T-1) lie between them; without any the LAM infers them. Raises ValueError for frames of another size.
+        actions (B, T-1) lie between them; without any the LAM infers them (a world of true actions then begins at the last frame). Raises ValueError for frames of another size.
         """
         frames = torch.as_tensor(frames, device=self.device)
         self.single = frames.ndim < 5
@@ -60,12 +60,12 @@ class WorldModel:
             frames = frames.unsqueeze(0)
         if list(frames.shape[2:]) != [*self.frame_size, 3]:
             raise ValueError(f"this world has frames of {[*self.frame_size, 3]}, not {list(frames.shape[2:])}")
+        if actions is None and self.lam is None:  # how these frames came about cannot be known: begin at the last
+            frames = frames[:, -1:]
         video = frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1  # (B, T, 3, H, W)
         B, T = video.shape[:2]
-        if actions is None and T > 1 and self.lam is not None:
-            actions = self.lam.infer(video)
-        if actions is None:  # nothing known about how these frames came about
-            actions = torch.full((B, T - 1), self.dynamics.null_action, device=self.device)
+        if actions is None:
+            actions = self.lam.infer(video) if T > 1 else torch.zeros(B, 0, dtype=torch.long, device=self.device)
         tokens = self.tokenizer.encode(video)  # (B, T, N)
         self.pixel_cache, self.cache = self.tokenizer.new_cache(), self.dynamics.new_cache()
         self.tokenizer.decode(tokens, self.pixel_cache)
@@ -79,8 +79,9 @@ class WorldModel:
     def step(self, action):
         """action: an int or, for B worlds, (B,) → the next frame, uint8 (H, W, 3) or (B, H, W, 3), on the CPU."""
         action = torch.as_tensor(action, device=self.device).reshape(-1).expand(len(self.last))
-        if action.min() < 0 or action.max() >= self.n_actions:
-            raise ValueError(f"action {action.tolist()[0]} is not one of 0 … {self.n_actions - 1}")
+        wrong = action[(action < 0) | (action >= self.n_actions)]
+        if len(wrong):
+            raise ValueError(f"action {int(wrong[0])} is not one of 0 … {self.n_actions - 1}")
         tokens = self.dynamics.next_frame(
             self.last, self.last_action, action, self.cache, self.steps, self.temperature, self.generator
         )

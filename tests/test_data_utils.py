@@ -50,7 +50,7 @@ def test_a_folder_is_converted_once_and_again_when_it_changes(tmp_path, capsys):
     whole = (folder / "cut.avi").read_bytes()
     (folder / "cut.avi").write_bytes(whole[: len(whole) // 2])
     footage = open_footage(options(folder))
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "skipped broken.mp4: no frame can be read" in printed and "skipped cut.avi: it ends after" in printed
     assert len(footage.frames) == 50 and list(footage.episode_starts) == [0, 20]
     converted = tmp_path / "videos.32px.h5"

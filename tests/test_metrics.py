@@ -42,6 +42,9 @@ def test_best_mapping_accuracy():
 
 
 def test_consistency():
+    still = torch.zeros(60, 3)
+    still[::2] = torch.randn(30, 3) + 5
+    assert metrics.consistency(still, torch.arange(60) % 2, torch.arange(60))[0] == 1  # standing still is similar to standing still
     kinds = torch.arange(60) % 3
     changes = F.one_hot(kinds, 3).float() + 0.01 * torch.randn(60, 3)
     same, chance = metrics.consistency(changes, kinds, torch.arange(60))
