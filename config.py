@@ -6,9 +6,11 @@ The comment behind a field is its --help text.
 import argparse
 import dataclasses
 import inspect
+import os
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -40,7 +42,7 @@ class Config:
     save_every: int = 500  # steps between checkpoints
     seed: int = 0  # fixes initial weights, batches and masks
     device: str = "auto"  # auto, cpu, cuda
-    dtype: str = "auto"  # auto, float32 or bfloat16 (auto: bfloat16 where it is faster, measured)
+    dtype: str = "auto"  # auto, float32 or bfloat16 (auto: bfloat16 where it is faster)
     compile: bool = False  # torch.compile the model
     resume: bool = False  # go on from the checkpoint in --out
 
@@ -106,6 +108,8 @@ def print_user_errors():
             print(f"error: {error}", file=sys.stderr)
             sys.stderr.flush()
             raise SystemExit(2)
+        if kind is KeyboardInterrupt:
+            raise SystemExit(130)
         sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = hook
@@ -142,6 +146,16 @@ def choose_device(name):
 def integers(text):
     """ "4,4,4" → (4, 4, 4)."""
     return tuple(int(part) for part in text.split(","))
+
+
+def make_folder(path):
+    """Create the folder `path` where it is missing. Raises UserError if that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "no permission to write")
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another place") from None
 
 
 def help_of(kind):

@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from config import Parser, UserError, check_sampling, choose_device, print_user_errors
+from config import Parser, UserError, check_sampling, choose_device, make_folder, print_user_errors
 from data_utils import Clips, open_footage
 from models.world_model import WorldModel
 from pictures import enlarge, save_video
@@ -162,7 +162,9 @@ def main(argv=None):
     game = Game(world, load_starts(args, world), args.seed)
     if not args.save:
         return play_window(game, fps)
-    frames = [game.frame] + [game.press(action) for action in parse_actions(args.actions, world.n_actions)]
+    actions = parse_actions(args.actions, world.n_actions)
+    make_folder(Path(args.save).parent)
+    frames = [game.frame] + [game.press(action) for action in actions]
     save_video([enlarge(frame, max(1, 256 // frame.shape[0])) for frame in frames], args.save, fps)
     print(f"{args.save}: {len(frames)} frames")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from config import UserError, make_folder
 from data_utils import Clips
 from models.checkpoint import load_checkpoint, save_checkpoint
 from pictures import save_curves
@@ -119,17 +119,17 @@ class Run:
             for name, value in ((f"{kind} {k}", (saved[kind].get(k), v)) for kind, now in same.items() for k, v in now.items()):
                 if value[0] != value[1]:
                     raise UserError(f"cannot resume {self.path}: {name} was {value[0]}, now it is {value[1]}; leave out --resume")
+            planned = saved["n_updates"]
+            if self.cfg.n_updates not in (0, planned):
+                raise UserError(f"cannot resume {self.path}: it was planned for {planned} updates, not {self.cfg.n_updates}; use that")
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"]["cpu"])
             if saved["rng"]["cuda"] is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(saved["rng"]["cuda"])
-            step, n_updates = saved["step"], saved["n_updates"]
+            step, n_updates = saved["step"], planned
             print(f"resuming {self.path} at step {step:,} of {n_updates:,}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to --out {self.cfg.out}: {error.strerror}") from None
+        make_folder(self.folder)
         for picture in () if step else self.folder.glob("step_*.png"):  # of an earlier training
             picture.unlink()
         log = self.folder / "metrics.jsonl"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import metrics
-from config import Parser, UserError, check_sampling, choose_device, print_user_errors
+from config import Parser, UserError, check_sampling, choose_device, make_folder, print_user_errors
 from data_utils import Clips, n_buttons, open_footage, to_float, to_uint8
 from models.checkpoint import MODELS, build_model, check_fit, load_checkpoint
 from models.latent_action_model import LatentActionsEncoder
@@ -169,7 +169,7 @@ def dynamics_metrics(world, clips, device, folder):
 
 def save_action_pictures(world, starts, actions, folder, n_steps=8):
     """The action table (rows: start frames; columns: the start, then each latent action held for 4 steps); actions.gif is the
-    table in motion, action_K.gif one column of it."""
+    table in motion over 8 steps, action_K.gif one column of it."""
     columns = [np.repeat(starts[:, -1:].numpy(), n_steps + 1, axis=1)]  # each (n, n_steps + 1, H, W, 3)
     for action in range(world.n_actions):
         world.generator.manual_seed(0)
@@ -234,6 +234,9 @@ def main(argv=None):
         if world.lam is None and (footage.actions is None or footage.actions.max() >= world.n_actions):
             raise UserError(f"{path} was trained on true actions 0 … {world.n_actions - 1}; {footage.name} must have the same ones")
 
+    for place in [images] * bool(images) + [Path(args.json).parent] * bool(args.json):
+        make_folder(place)
+
     # --- measure
     report, autocast = {}, autocast_on(device)
     for stage, checkpoint in loaded.items():
@@ -254,7 +257,6 @@ def main(argv=None):
     for name, value in report.items():
         print(f"{name:36} {value:10.4g}")
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps({name: float(value) for name, value in report.items()}, indent=1) + "\n")
     return report
 

@@ -52,7 +52,8 @@ class WorldModel:
     def reset(self, frames, actions=None):
         """Begin after `frames`: uint8 (H, W, 3), (T, H, W, 3) or, for B worlds at once, (B, T, H, W, 3).
 
-        actions (B, T-1) lie between them; without any the LAM infers them (a world of true actions then begins at the last frame). Raises ValueError for frames of another size.
+        actions (B, T-1) lie between them; without any the LAM infers them, and a world of true actions begins at the last
+        frame alone. Raises ValueError for frames of another size.
         """
         frames = torch.as_tensor(frames, device=self.device)
         self.single = frames.ndim < 5

@@ -67,6 +67,7 @@ def test_bad_input(world_dir, tmp_path, monkeypatch):
         (["--actions", "0", "--save", str(tmp_path / "x.txt")], "use a name that ends in .gif or .mp4"),
         (["--actions", "0", "--save", out, "--frame", str(tmp_path / "text.png")], "not a picture that can be read"),
         (["--actions", "0", "--save", out, "--frame", str(tmp_path / "none.png")], "not a picture that can be read"),
+        (["--actions", "0", "--save", str(tmp_path / "text.png" / "x.gif")], "cannot write to .*text.png"),
         (["--actions", "0", "--save", out, "--checkpoint", str(tmp_path / "none")], "no world at .*none"),
     ]:
         with pytest.raises((UserError, CheckpointError), match=message) as error:

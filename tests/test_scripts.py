@@ -163,6 +163,8 @@ def test_stages_that_do_not_fit_write_nothing(world_dir, tmp_path):
         train_dynamics.main([*TINY, "--out", other, "--n-updates", "2", *files])
     with pytest.raises(UserError, match="cannot resume .*keep_rate was 1.0, now it is 0.5"):
         train_lam.main([*TINY, "--out", other, "--n-updates", "4", "--keep-rate", "0.5", "--resume"])
+    with pytest.raises(UserError, match="cannot resume .*planned for 2 updates, not 4"):
+        train_lam.main([*TINY, "--out", other, "--n-updates", "4", "--resume"])
     for options, message in [
         ([*TINY], "no checkpoint at .*tokenizer.pt; train it first"),
         ([*TINY, "--video-tokenizer-path", f"{world_dir}/lam.pt"], "is a lam checkpoint, but a tokenizer"),
