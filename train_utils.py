@@ -106,7 +106,8 @@ class Run:
         self.cfg, self.stage = cfg, stage
         self.folder, self.path = Path(cfg.out) / stage, Path(cfg.out) / f"{stage}.pt"
         self.stopped, self.lines = False, []
-        self.data_option = "--use-dummy-data" if cfg.use_dummy_data or cfg.data_type == "dummy" else f"--data-path {cfg.data_path}"  # for the next command
+        dummy = cfg.use_dummy_data or cfg.data_type == "dummy"
+        self.data_option = "--use-dummy-data" if dummy else f"--data-path {cfg.data_path}"  # for the next command
 
     def open(self, model, optimizer, n_updates, **same):
         """Create the folder; with --resume restore everything. → (first step, number of updates).
@@ -116,9 +117,11 @@ class Run:
         step = 0
         if self.cfg.resume:
             saved = load_checkpoint(self.path, self.stage)
-            for name, value in ((f"{kind} {k}", (saved[kind].get(k), v)) for kind, now in same.items() for k, v in now.items()):
-                if value[0] != value[1]:
-                    raise UserError(f"cannot resume {self.path}: {name} was {value[0]}, now it is {value[1]}; leave out --resume")
+            for kind, now in same.items():
+                for name, value in now.items():
+                    was = saved[kind].get(name)
+                    if was != value:
+                        raise UserError(f"cannot resume {self.path}: {name} was {was}, now it is {value}; leave out --resume")
             planned = saved["n_updates"]
             if self.cfg.n_updates not in (0, planned):
                 raise UserError(f"cannot resume {self.path}: it was planned for {planned} updates, not {self.cfg.n_updates}; use that")

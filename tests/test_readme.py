@@ -20,6 +20,9 @@ def test_the_table_holds_the_speedrun_s_numbers():
     for name, shown in rows:
         decimals = len(shown.partition(".")[2])
         assert f"{numbers[name]:.{decimals}f}" == shown, name
+    fresh = json.loads((ROOT / "results" / "pong_fresh.json").read_text())
+    for name in ("rollout_psnr_t4", "copy_psnr_t4", "delta_psnr_t4", "delta_psnr_null_t4"):
+        assert f"{fresh['dynamics/' + name]:.1f} dB" in README, name
     assert f"{numbers['minutes/total']:.0f} minutes" in README and numbers["device"] in README
 
 
