@@ -59,6 +59,9 @@ class LatentActionConfig(Config):
     n_actions: int = 8  # how many latent actions; a power of two
     keep_rate: float = 1.0  # share of the history that the decoder sees (1: Genie; 0: the article, first frame only)
     encoder: str = "pairs"  # pairs: both frames in one patch; frames: pooled frames compared (the article)
+    decoder: str = "warp"  # warp: moves the last frame's patches, then adds; change: only adds; frame: draws it anew (the article)
+    latent_norm: str = "rms"  # of actions before quantisation: rms, or none (the article)
+    soft_rate: float = 0.5  # share of action bits that pass unrounded in training (0: the article)
     entropy_lambda: float = 0.25  # weight of the bonus for using all actions
     var_target: float = 0.2  # variance of each action bit below which the penalty begins
     var_lambda: float = 1.0  # weight of that penalty
@@ -70,7 +73,9 @@ class DynamicsConfig(Config):
     video_tokenizer_path: str = ""  # default: tokenizer.pt in --out
     lam_path: str = ""  # default: lam.pt in --out
     objective: str = "ce"  # ce: masked tokens, cross-entropy; mse: next latents, squared error (seed 002)
-    actions: str = "latent"  # latent: inferred by the LAM; true: recorded buttons, the skyline
+    actions: str = "latent"  # latent: inferred by the LAM; true: recorded buttons, the skyline; random: dice, the floor
+    context: str = "clean"  # earlier frames in training: clean, as at play; masked: like the frame itself (Genie)
+    conditioning: str = "adaln"  # how the action enters: adaln, or add: added to every token (Genie)
     steps: int = 4  # MaskGIT passes per frame at play
     temperature: float = 0.2  # of sampling at play; 0 is greedy, 1 the model's own
 
@@ -94,8 +99,12 @@ CHOICES = {
     "data_type": ("auto", "folder", "video", "h5", "dummy"),
     "dtype": ("auto", "float32", "bfloat16"),
     "encoder": ("pairs", "frames"),
+    "decoder": ("warp", "change", "frame"),
+    "latent_norm": ("rms", "none"),
     "objective": ("ce", "mse"),
-    "actions": ("latent", "true"),
+    "actions": ("latent", "true", "random"),
+    "context": ("clean", "masked"),
+    "conditioning": ("adaln", "add"),
 }
 BUDGETS = ("n_updates", "num_epochs", "minutes")
 
@@ -216,6 +225,7 @@ def check(cfg):
         n = cfg.n_actions
         need(n >= 2 and n & (n - 1) == 0, f"--n-actions must be a power of two (2, 4, 8, 16, …), got {n}")
         need(0 <= cfg.keep_rate <= 1, f"--keep-rate must lie in 0 … 1, got {cfg.keep_rate}")
+        need(0 <= cfg.soft_rate <= 1, f"--soft-rate must lie in 0 … 1, got {cfg.soft_rate}")
     if hasattr(cfg, "temperature"):
         check_sampling(cfg)
 

@@ -1,7 +1,6 @@
 """Metrics as pure functions. Pictures are float in [0, 1]; squared errors are averaged before any logarithm."""
 import numpy as np
 import torch
-from torch import nn
 
 
 def psnr(squared_error):
@@ -90,16 +89,24 @@ def frechet_distance(a, b):
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)
-def random_conv_features(videos, seed=0):
-    """videos (n, T, H, W, 3) in [0, 1] → (n, 32) features of a fixed random 3-D convolutional network, in thousandths.
+WARNINGS = {  # metric → (is it bad?, given the whole report; what it means and which flag to try)
+    "tokenizer/codes_used": (lambda v, r: v < 2, "the codebook is dead; try train_tokenizer.py with half the --learning-rate"),
+    "tokenizer/perplexity": (lambda v, r: v < 2, "the codebook is dead; try train_tokenizer.py with half the --learning-rate"),
+    "tokenizer/psnr_changing": (lambda v, r: v <= r["tokenizer/copy_psnr_changing"], "what moves is not drawn; train_tokenizer.py needs more --minutes"),
+    "lam/actions_used": (lambda v, r: v < r["lam/n_actions"], "some actions never occur; try train_lam.py with a larger --entropy-lambda or fewer --n-actions"),
+    "lam/largest_share": (lambda v, r: v > 0.8, "the actions have collapsed into one; try train_lam.py with a larger --entropy-lambda"),
+    "lam/error_over_copy": (lambda v, r: v > 0.95, "the actions explain nothing of the change; train_lam.py needs more --minutes"),
+    "dynamics/action_gain": (lambda v, r: v < 0.01, "the model ignores its actions; train_dynamics.py needs more --minutes, or the LAM does"),
+    "dynamics/delta_psnr_t4": (lambda v, r: v < 0.3, "the keys do nothing; mend lam/* first, then give train_dynamics.py more --minutes"),
+}  # fmt: skip
 
-    Random features rank videos usefully without downloads (arXiv:2002.09797). The distances they give are named
-    fvd_random_conv and must not be compared with published FVD, which uses an I3D network.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        layers = [nn.Conv3d(3, 16, 3, stride=(1, 2, 2)), nn.GELU(), nn.Conv3d(16, 32, 3, stride=2), nn.GELU(), nn.Conv3d(32, 32, 3, stride=2)]
-        network = nn.Sequential(*layers)
-    return 1000 * torch.cat([network(video[None].permute(0, 4, 1, 2, 3)).std(dim=(2, 3, 4)) for video in videos])
+
+def warnings_of(report):
+    """A line for each metric in a report that makes a world unplayable, with the flag to try; [] if all is well."""
+    found = [(name, text) for name, (bad, text) in WARNINGS.items() if name in report and bad(report[name], report)]
+    return [f"warning: {name} is {report[name]:.3g}: {text}" for name, text in found]
+
+
+def print_warnings(report):
+    for line in warnings_of(report):
+        print(line)

@@ -25,8 +25,13 @@ def labelled_grid(rows, names):
     picture = grid(rows)
     header = np.full((24, picture.shape[1], 3), 255, dtype=np.uint8)
     for i, name in enumerate(names):
-        cv2.putText(header, name, (i * picture.shape[1] // len(names) + 4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+        cv2.putText(header, plain(name), (i * picture.shape[1] // len(names) + 4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate([header, picture])
+
+
+def plain(text):
+    """Arrows as OpenCV's font can draw them."""
+    return text.translate(str.maketrans("←→↑↓", "<>^v"))
 
 
 def enlarge(frame, scale):

@@ -1,11 +1,12 @@
 """Play a trained world: your keys are the latent actions.
 
-    python play.py --checkpoint checkpoints/pong                                  a window
+    python play.py                                            a window on a world that comes with the code
+    python play.py --checkpoint checkpoints/pong              on one that you trained
     python play.py --checkpoint checkpoints/pong --actions 0,3,3,1 --save out.gif   no window needed; .mp4 works too
     python play.py --checkpoint checkpoints/pong --frame picture.png              begin from a picture
 
-Keys: digits, then letters, choose a latent action (the arrows stand for the first four), held until the next; R restarts from
-another first frame, Q quits. First frames come from --data-path, from --frame, or else travelled with the world.
+Keys: digits, then letters, choose a latent action, held until the next; the arrows stand for the actions that move the view or
+a thing that way (actions.json), else for the first four; R restarts from another first frame, Q quits. First frames come from --data-path, from --frame, or else travelled with the world.
 """
 import os
 import sys
@@ -19,11 +20,16 @@ import numpy as np
 from config import Parser, UserError, check_sampling, choose_device, make_folder, print_user_errors
 from data_utils import Clips, open_footage
 from models.world_model import WorldModel
-from pictures import enlarge, save_video
+from pictures import enlarge, plain, save_video
 
 # What cv2.waitKeyEx returns for left, right, up, down on Linux, Windows and macOS.
-ARROWS = [(65361, 2424832, 63234), (65363, 2555904, 63235), (65362, 2490368, 63232), (65364, 2621440, 63233)]
-ARROW_NAMES = ["left", "right", "up", "down"]
+ARROWS = {
+    "left": (65361, 2424832, 63234),
+    "right": (65363, 2555904, 63235),
+    "up": (65362, 2490368, 63232),
+    "down": (65364, 2621440, 63233),
+}
+DEFAULT = Path(__file__).parent / "checkpoints" / "shipped" / "doom-maze"
 KEYS = "0123456789abcdefghijklmnopstuvwxyz"  # without q and r
 
 
@@ -85,10 +91,24 @@ def parse_actions(text, n_actions):
     return actions
 
 
+def arrow_actions(world):
+    """Arrow name → the most frequent action that moves that way; where no motion is known, the first four actions."""
+    ways = {"left": "left", "right": "right", "up": "up", "forward": "up", "down": "down", "back": "down"}
+    rows = sorted(world.action_table, key=lambda row: row["share"])
+    return {ways[row["direction"]]: row["action"] for row in rows if row["direction"] in ways} or dict(zip(ARROWS, range(world.n_actions)))
+
+
+def idle_action(world):
+    """The action held before a key is pressed: the most frequent one that moves nothing, else 0."""
+    still = [row for row in world.action_table if row["moves"] == "nothing"]
+    return max(still, key=lambda row: row["share"])["action"] if still else 0
+
+
 def key_table(world):
-    """A line per action: its key, its name if it has one, its arrow key if it has one, such as "2  turn left  (arrow up)"."""
-    arrows = [f"(arrow {name})" for name in ARROW_NAMES] + [""] * world.n_actions
-    return [f"{KEYS[i : i + 1]}  {'' if name == str(i) else name + '  '}{arrows[i]}".strip() for i, name in enumerate(world.action_names)]
+    """A line per action: its key, its name if it has one, its arrow key if it has one, such as "2  ← view left  (arrow left)"."""
+    arrows = {action: f"(arrow {arrow})" for arrow, action in arrow_actions(world).items()}
+    names = ["" if name == str(i) else name for i, name in enumerate(world.action_names)]
+    return ["  ".join(part for part in (KEYS[i : i + 1], name, arrows.get(i, "")) if part) for i, name in enumerate(names)]
 
 
 def draw(game, fps, table, held, scale):
@@ -99,13 +119,13 @@ def draw(game, fps, table, held, scale):
     height = min(24, picture.shape[0] // (len(lines) + 1))
     for i, line in enumerate(lines):
         color = (90, 220, 255) if i == held + 2 else (220, 220, 220)
-        cv2.putText(panel, line, (12, height * (i + 1)), cv2.FONT_HERSHEY_SIMPLEX, height / 44, color, 1, cv2.LINE_AA)
+        cv2.putText(panel, plain(line), (12, height * (i + 1)), cv2.FONT_HERSHEY_SIMPLEX, height / 44, color, 1, cv2.LINE_AA)
     return cv2.cvtColor(np.concatenate([picture, panel], axis=1), cv2.COLOR_RGB2BGR)
 
 
 def play_window(game, fps):
     """The loop of the window: one frame per 1/fps seconds, the newest key counts."""
-    table, held, shown = key_table(game.world), 0, fps
+    table, arrows, held, shown = key_table(game.world), arrow_actions(game.world), idle_action(game.world), fps
     scale = max(1, 512 // game.frame.shape[0])
     print("keys: " + " | ".join(table) + " | R restart | Q quit")
     title = "world"
@@ -120,8 +140,8 @@ def play_window(game, fps):
             game.restart()
         if 0 < key < 128 and chr(key).lower() in KEYS[: game.world.n_actions]:
             held = KEYS.index(chr(key).lower())
-        for action, codes in enumerate(ARROWS[: game.world.n_actions]):
-            held = action if key in codes else held
+        for arrow, action in arrows.items():
+            held = action if key in ARROWS[arrow] else held
         if key != -1 and time.perf_counter() < due:  # a key came early: wait for the frame's time
             continue
         now = time.perf_counter()
@@ -133,7 +153,7 @@ def play_window(game, fps):
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("--checkpoint", default="checkpoints/pong", help="folder of a world [checkpoints/pong]")
+    parser.add_argument("--checkpoint", default=str(DEFAULT), help="folder of a world [checkpoints/shipped/doom-maze]")
     parser.add_argument("--actions", default="", help="play these latent actions, for example 0,3,3,1; needs --save")
     parser.add_argument("--save", default="", metavar="FILE", help="where to, .gif or .mp4")
     parser.add_argument("--frame", default="", metavar="PICTURE", help="begin from this picture")

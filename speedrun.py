@@ -1,7 +1,7 @@
 """From nothing to a world you can play, in one command.
 
-    python speedrun.py                    record Pong, train the three stages, validate, report: checkpoints/pong
-    python speedrun.py crafter            another game of record.py
+    python speedrun.py                    record Doom, train the three stages, validate, report: checkpoints/doom-maze
+    python speedrun.py pong               another game of record.py
     python speedrun.py --preset tiny      the same in a minute, to see that everything runs
 
 It only types the commands that you could type yourself, and prints each of them.
@@ -19,7 +19,7 @@ import torch
 from config import PRESETS, Parser, UserError, choose_device, print_user_errors
 from record import GAMES
 
-FRAMES = {"tiny": (3_000, 1_000), "cpu": (40_000, 16_000), "gpu": (400_000, 16_000)}  # to train on, to validate on
+FRAMES = {"tiny": (3_000, 1_000), "cpu": (40_000, 24_000), "gpu": (400_000, 16_000)}  # to train on, to validate on
 TEST_SEED = 1000  # games (and CoinRun levels) that training never saw
 
 
@@ -47,7 +47,7 @@ def git_commit():
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("game", nargs="?", default="pong", help=f"{', '.join(GAMES)} [pong]")
+    parser.add_argument("game", nargs="?", default="doom-maze", help=f"{', '.join(GAMES)} [doom-maze]")
     parser.add_argument("--preset", default="", help=f"{', '.join(PRESETS)} [what the device suggests]")
     parser.add_argument("--out", default="", help="folder of the world [checkpoints/GAME]")
     args = parser.parse_args(argv)

@@ -10,6 +10,7 @@ Out:  OUT/dynamics.pt; in OUT/dynamics/: metrics.jsonl, loss.png and pictures (t
 
 Both earlier stages stay frozen and run on each batch; masks, loss and decoding are in models/dynamics.py.
 """
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from config import DynamicsConfig, UserError, parse_config, print_user_errors
 from data_utils import n_buttons, open_footage, to_float
+from metrics import print_warnings
 from models.checkpoint import build_model, check_fit, fingerprint, load_checkpoint, save_checkpoint
 from models.dynamics import DynamicsModel
 from models.world_model import WorldModel
@@ -28,7 +30,7 @@ from train_utils import Run, count_updates, open_clips, rate_at, set_up, validat
 def load_frozen(cfg, clips, device):
     """Stages 1 and 2 as cfg names them. → (tokenizer, LAM or None for true actions, sizes for the model, their checkpoints)."""
     files = {"tokenizer": Path(cfg.video_tokenizer_path or Path(cfg.out) / "tokenizer.pt")}
-    if cfg.actions == "latent":
+    if cfg.actions != "true":
         files["lam"] = Path(cfg.lam_path or Path(cfg.out) / "lam.pt")
     elif clips.footage.actions is None:
         raise UserError(f"--actions true, but {cfg.data_path} has no recorded actions; leave it out to use latent ones")
@@ -73,12 +75,15 @@ def main(argv=None):
         frames = to_float(frames, device)  # (B, T, 3, H, W)
         with torch.no_grad(), autocast():
             actions = lam.infer(frames) if lam else buttons.to(device)  # (B, T-1)
+            if cfg.actions == "random":
+                actions = torch.randint_like(actions, sizes["n_actions"])
             return tokenizer.encode(frames), actions  # (B, T, N)
 
     # --- model
     model_args = dict(
         **sizes, embed_dim=cfg.embed_dim, hidden_dim=cfg.hidden_dim, n_heads=cfg.n_heads, n_blocks=cfg.n_blocks,
         context_length=cfg.context_length, objective=cfg.objective,
+        clean_context=cfg.context == "clean", adaln=cfg.conditioning == "adaln",
     )  # fmt: skip
     model = DynamicsModel(**model_args).to(device)
     network = torch.compile(model) if cfg.compile else model
@@ -105,6 +110,9 @@ def main(argv=None):
         home = Path(cfg.out) / f"{checkpoint['stage']}.pt"
         if not home.exists():
             save_checkpoint(home, checkpoint)
+            table = Path(cfg.lam_path).parent / "actions.json"
+            if checkpoint["stage"] == "lam" and table.exists():
+                shutil.copy(table, cfg.out)
     more = dict(
         model_args=model_args, inputs=inputs, fps=train.footage.fps,
         start_frames=val.spread(8)[0][:, :4].clone(), action_names=list(train.footage.action_names) if not lam else None,
@@ -129,7 +137,10 @@ def main(argv=None):
             bar.set_postfix_str(f"loss {loss:.4f}, {logs['accuracy_changing']:.2f} of changed tokens", refresh=False)
         if done % cfg.sample_every == 0 or last:
             with torch.no_grad(), autocast():
-                run.log(done, **validation_logs(network, val_batches))
+                logs = validation_logs(network, val_batches)
+                others = validation_logs(network, [(tokens, actions.roll(1, 0)) for tokens, actions in val_batches])
+            action_gain = others["val_loss"] - logs["val_loss"]  # what it costs to be told another clip's actions
+            run.log(done, **logs, val_action_gain=action_gain)
             world = WorldModel(tokenizer, lam, model.eval(), steps=cfg.steps, temperature=cfg.temperature)
             picture = rollout_picture(world, val.batch(0)[0][:4], val_batches[0][1][:4])
             save_png(picture, run.folder / f"step_{done:06d}.png")
@@ -140,6 +151,8 @@ def main(argv=None):
             break
 
     # --- finish
+    if done == n_updates > first:
+        print_warnings({"dynamics/action_gain": action_gain})
     run.finish(done, n_updates, f"python play.py --checkpoint {cfg.out}")
 
 

@@ -1,7 +1,8 @@
 """Stage 2: train the latent action model.
 
 In:   footage; recorded buttons, if the footage has any, are not looked at.
-Out:  OUT/lam.pt; in OUT/lam/: metrics.jsonl, loss.png and pictures (frames, predictions of the next, the next).
+Out:  OUT/lam.pt; OUT/actions.json: what each action does to the picture, the legend of play.py; in OUT/lam/: metrics.jsonl,
+      loss.png and pictures (frames, predictions of the next, the next; actions.png: the change that each action makes).
 
     python train_lam.py --data-path data/pong.h5 --out checkpoints/pong
     python train_lam.py --data-path videos/ --out checkpoints/mine --n-actions 16
@@ -9,11 +10,16 @@ Out:  OUT/lam.pt; in OUT/lam/: metrics.jsonl, loss.png and pictures (frames, pre
 
 Watch error_over_copy (below 1: the actions explain something) and codes_used (n_actions: no collapse).
 """
+from pathlib import Path
+
 import torch
 from tqdm import tqdm
 
+from action_table import write_action_table
 from config import LatentActionConfig, parse_config, print_user_errors
 from data_utils import open_footage, to_float, to_uint8
+from metrics import print_warnings
+from models.checkpoint import fingerprint, load_checkpoint
 from models.latent_action_model import LatentActionModel
 from pictures import grid, save_png
 from train_utils import Run, count_updates, open_clips, rate_at, set_up, validation_logs
@@ -35,7 +41,8 @@ def main(argv=None):
     model_args = dict(
         frame_size=train.frame_size, patch_size=cfg.patch_size, embed_dim=cfg.embed_dim, hidden_dim=cfg.hidden_dim,
         n_heads=cfg.n_heads, n_blocks=cfg.n_blocks, context_length=cfg.context_length, n_actions=cfg.n_actions,
-        pairs=cfg.encoder == "pairs", keep_rate=cfg.keep_rate, entropy_lambda=cfg.entropy_lambda,
+        pairs=cfg.encoder == "pairs", decoder=cfg.decoder, keep_rate=cfg.keep_rate,
+        unit_rms=cfg.latent_norm == "rms", soft_rate=cfg.soft_rate, entropy_lambda=cfg.entropy_lambda,
         var_target=cfg.var_target, var_lambda=cfg.var_lambda,
     )  # fmt: skip
     model = LatentActionModel(**model_args).to(device)
@@ -87,7 +94,14 @@ def main(argv=None):
         if last:
             break
 
-    # --- finish
+    # --- finish: the action table
+    if done == n_updates:
+        with autocast():
+            rows = write_action_table(Path(cfg.out), model.eval(), val.spread(128)[0], device, fingerprint(load_checkpoint(run.path, "lam")))
+        for row in rows:
+            print(f"action {row['action']}: {row['label']:20} {row['share']:4.0%} of transitions, {row['pixels']:.1f} pixels per frame")
+        print_warnings({"lam/error_over_copy": run.lines[-1]["val_error_over_copy"], "lam/n_actions": cfg.n_actions,
+              "lam/actions_used": sum(row["share"] > 0 for row in rows), "lam/largest_share": max(row["share"] for row in rows)})  # fmt: skip
     run.finish(done, n_updates, f"python train_dynamics.py {run.data_option} --out {cfg.out}")
 
 

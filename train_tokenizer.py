@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from config import TokenizerConfig, parse_config, print_user_errors
 from data_utils import open_footage, to_float, to_uint8
+from metrics import print_warnings
 from models.video_tokenizer import VideoTokenizer
 from pictures import grid, save_png
 from train_utils import Run, count_updates, open_clips, rate_at, set_up, validation_logs
@@ -86,6 +87,7 @@ def main(argv=None):
             break
 
     # --- finish
+    print_warnings({"tokenizer/codes_used": run.lines[-1]["val_codes_used"]})
     run.finish(done, n_updates, f"python train_lam.py {run.data_option} --out {cfg.out}")
 
 

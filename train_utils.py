@@ -125,6 +125,8 @@ class Run:
             planned = saved["n_updates"]
             if self.cfg.n_updates not in (0, planned):
                 raise UserError(f"cannot resume {self.path}: it was planned for {planned} updates, not {self.cfg.n_updates}; use that")
+            if "optimizer" not in saved:
+                raise UserError(f"cannot resume {self.path}: a shipped world has no optimizer state; train into another --out")
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"]["cpu"])

@@ -8,6 +8,7 @@ as the yardstick for the latent actions: the ceiling is a classifier of the LAM 
 rest of the footage. PSNR in dB over pictures in [0, 1]; "_changing" counts only pixels that differ from the last known frame.
 """
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,10 @@ from models.latent_action_model import LatentActionsEncoder
 from models.world_model import WorldModel
 from pictures import enlarge, grid, labelled_grid, save_png, save_video
 from train_utils import autocast_on
+from video_features import i3d_features, smallnet_features
 
 CONTEXT, HORIZON = 4, 16  # frames that a rollout is given, and frames that it plays
+USAGE_FRAMES = 20_480  # at most; codebook use is counted over all of the footage
 
 
 def unit(frames):
@@ -32,15 +35,14 @@ def unit(frames):
     return torch.as_tensor(frames).float() / 255
 
 
-def tokenizer_metrics(tokenizer, clips, device, folder):
+def tokenizer_metrics(tokenizer, clips, many, device, folder):
+    """clips for quality; `many`, whatever the footage has, for codebook use: rare codes need many frames to be seen."""
     frames, _ = clips
-    tokens, rebuilt = [], []
-    for batch in frames.split(16):
-        tokens.append(tokenizer.encode(to_float(batch, device)))
-        rebuilt.append(to_uint8(tokenizer.decode(tokens[-1])))
+    rebuilt = [to_uint8(tokenizer.decode(tokenizer.encode(to_float(batch, device)))) for batch in frames.split(16)]
+    tokens = [tokenizer.encode(to_float(batch, device)).cpu() for batch in tqdm(many.split(16), desc="codebook", leave=False)]
     truth, predicted = unit(frames[:, 1:]), unit(torch.cat(rebuilt)[:, 1:])
     mask = metrics.changed(truth, unit(frames[:, :-1]))
-    use = metrics.shares(torch.cat(tokens).cpu(), tokenizer.quantizer.codebook_size)
+    use = metrics.shares(torch.cat(tokens), tokenizer.quantizer.codebook_size)
     if folder:
         save_png(grid([frames[:8, -1], torch.cat(rebuilt)[:8, -1]]), folder / "reconstructions.png")
     return {
@@ -49,6 +51,7 @@ def tokenizer_metrics(tokenizer, clips, device, folder):
         "psnr_changing": metrics.masked_psnr(predicted, truth, mask),
         "copy_psnr_changing": metrics.masked_psnr(unit(frames[:, :-1]), truth, mask),
         "codebook_usage": float((use > 0).mean()),
+        "codebook_frames": many.shape[0] * many.shape[1],
         "perplexity": metrics.perplexity(use),
     }
 
@@ -111,7 +114,7 @@ def rollout(world, frames, actions, seed=0):
     return torch.from_numpy(np.stack(played, axis=1))
 
 
-def dynamics_metrics(world, clips, device, folder):
+def dynamics_metrics(world, clips, device, folder, fvd_features=""):
     frames, buttons = clips
     video = to_float(frames, device)
     tokens = torch.cat([world.tokenizer.encode(batch) for batch in video.split(16)])  # (B, T, N)
@@ -155,11 +158,14 @@ def dynamics_metrics(world, clips, device, folder):
             for name in others:
                 result[f"delta_psnr{name}_t4"] = whole["inferred"] - whole[name]
                 result[f"delta_psnr{name}_t4_changing"] = moving["inferred"] - moving[name]
-    if len(frames) >= 64:  # 32 features: fewer clips would make the covariance a guess
-        real = metrics.random_conv_features(truth)
-        result["fvd_random_conv"] = metrics.frechet_distance(metrics.random_conv_features(unit(played["inferred"])), real)
-        still = copy.expand(-1, truth.shape[1], -1, -1, -1)
-        result["fvd_random_conv_copy"] = metrics.frechet_distance(metrics.random_conv_features(still), real)
+    if len(frames) >= 64 and len(truth[0]) >= HORIZON:  # fewer clips would make the covariance a guess
+        name, features = "smallnet", smallnet_features
+        if fvd_features:
+            name, features = "i3d", partial(i3d_features, fvd_features)
+        real = features(frames[:, CONTEXT:])
+        result[f"fvd_{name}"] = metrics.frechet_distance(features(played["inferred"]), real)
+        still = frames[:, CONTEXT - 1 : CONTEXT].expand(-1, HORIZON, -1, -1, -1)
+        result[f"fvd_{name}_copy"] = metrics.frechet_distance(features(still), real)
     if folder:
         rows = [row for i in (0, len(frames) // 2) for row in (frames[i], *(torch.cat([frames[i, :CONTEXT], p[i]]) for p in played.values()))]
         save_png(grid(rows), folder / "rollouts.png")
@@ -193,6 +199,7 @@ def main(argv=None):
     parser.add_argument("--clips", type=int, default=64, help="clips to measure on, spread over that part [64]")
     parser.add_argument("--save-images", default="", metavar="DIR")
     parser.add_argument("--json", default="", metavar="FILE")
+    parser.add_argument("--fvd-features", default="", metavar="FILE", help="TorchScript I3D for the published FVD [video_features.pt]")
     parser.add_argument("--steps", type=int, help="MaskGIT passes per frame [as trained]")
     parser.add_argument("--temperature", type=float, help="of sampling; 0 is greedy [as trained]")
     parser.add_argument("--device", default="auto")
@@ -243,19 +250,24 @@ def main(argv=None):
         sizes, clips = checkpoint["model_args"], clips_for[stage]
         model = build_model(checkpoint, folder / f"{stage}.pt").to(device)
         with autocast():
-            values = tokenizer_metrics(model, clips, device, images) if stage == "tokenizer" else lam_metrics(model, clips, device)
+            if stage == "tokenizer":
+                many = Clips(footage, "val", sizes["context_length"], val_fraction=1.0).spread(USAGE_FRAMES // sizes["context_length"])[0]
+                values = tokenizer_metrics(model, clips, many, device, images)
+            else:
+                values = lam_metrics(model, clips, device)
         if stage == "lam" and clips[1] is not None and args.val_fraction < 1:
             rest = Clips(footage, "train", sizes["context_length"], batch_size=16, val_fraction=args.val_fraction)
             values["nmi_ceiling"] = metrics.nmi_above_chance(classify_buttons(sizes, rest, clips[0], device, autocast), clips[1])
         report |= {f"{stage}/{name}": value for name, value in values.items()}
     if world:
         with autocast():
-            values = dynamics_metrics(world, clips_for["dynamics"], device, images)
+            values = dynamics_metrics(world, clips_for["dynamics"], device, images, args.fvd_features)
         report |= {f"dynamics/{name}": value for name, value in values.items()}
 
     # --- report
     for name, value in report.items():
         print(f"{name:36} {value:10.4g}")
+    metrics.print_warnings(report)
     if args.json:
         Path(args.json).write_text(json.dumps({name: float(value) for name, value in report.items()}, indent=1) + "\n")
     return report

@@ -4,7 +4,7 @@ Training follows Genie (arXiv:2402.15391, §2.1): tokens are masked at a rate dr
 predicted with cross-entropy. Decoding is MaskGIT (arXiv:2202.04200, §3.2): all tokens at once, keep the confident ones,
 repeat. Two things are easy to get wrong, and then the actions do nothing or rollouts fall apart:
   * action t lies between frames t and t+1, so it conditions frame t+1; frame 0 gets a learned "no action"
-  * at play the past is clean. So each clip is shown twice, once clean and once masked: a masked frame looks at itself and
+  * at play the past is clean. So (`clean_context`) each clip is shown twice, once clean and once masked: a masked frame looks at itself and
     at clean earlier frames, never at masked ones (MAGI, arXiv:2501.12389), and every frame trains as it will be played
 """
 import math
@@ -25,10 +25,12 @@ class DynamicsModel(nn.Module):
     """
 
     def __init__(
-        self, n_patches, levels, n_actions, embed_dim, hidden_dim, n_heads, n_blocks, context_length, objective="ce"
+        self, n_patches, levels, n_actions, embed_dim, hidden_dim, n_heads, n_blocks, context_length,
+        objective="ce", clean_context=True, adaln=True,
     ):  # fmt: skip
         super().__init__()
-        self.objective = objective
+        self.objective, self.clean_context = objective, clean_context
+        self.adaln = adaln and objective == "ce"
         self.quantizer = FiniteScalarQuantizer(levels)
         self.mask_index, self.null_action = self.quantizer.codebook_size, n_actions
         self.positions = SpatioTemporalPositionalEncoding(n_patches, embed_dim)
@@ -39,14 +41,15 @@ class DynamicsModel(nn.Module):
             self.head = nn.Linear(embed_dim, self.quantizer.codebook_size)
         else:
             self.head = nn.Linear(embed_dim, len(levels))
-        cond_dim = embed_dim if objective == "ce" else None
+        cond_dim = embed_dim if self.adaln else None
         self.transformer = SpatioTemporalTransformer(embed_dim, hidden_dim, n_heads, n_blocks, context_length, cond_dim)
 
-    def embed(self, tokens):
-        """tokens (B, T, N), mask_index where masked → (B, T, N, E)."""
+    def embed(self, tokens, actions):
+        """tokens (B, T, N), mask_index where masked, and the action of each frame (B, T) → (B, T, N, E) and its condition."""
         x = self.embed_code(self.quantizer.indices_to_codes(tokens))
         x = torch.where((tokens == self.mask_index).unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        return self.positions(x)
+        x, cond = self.positions(x), self.embed_action(actions)  # (B, T, N, E), (B, T, E)
+        return (x, cond) if self.adaln else (x + cond.unsqueeze(2), None)
 
     def forward(self, tokens, actions):
         if self.objective == "mse":
@@ -54,7 +57,12 @@ class DynamicsModel(nn.Module):
         B, T, N = tokens.shape
         rate = 0.5 + 0.5 * torch.rand(B, T - 1, 1, device=tokens.device)  # U(0.5, 1), per frame
         masked = torch.rand(B, T - 1, N, device=tokens.device) < rate  # (B, T-1, N); the first frame is never masked
-        logits = self.masked_logits(tokens, actions, masked)
+        if self.clean_context:
+            logits = self.masked_logits(tokens, actions, masked)  # (B, T-1, N, codebook_size)
+        else:
+            hidden = torch.cat([tokens[:, :1], tokens[:, 1:].masked_fill(masked, self.mask_index)], dim=1)
+            x, cond = self.embed(hidden, self.led_to(actions))
+            logits = self.head(self.transformer(x, cond)[:, 1:])
         targets = tokens[:, 1:]
         loss = F.cross_entropy(logits[masked].float(), targets[masked])
         right = logits.detach().argmax(-1) == targets
@@ -62,13 +70,15 @@ class DynamicsModel(nn.Module):
         accuracy = (right & changed).sum() / changed.sum().clamp_min(1)
         return loss, {"accuracy_changing": accuracy, "accuracy": (right & masked).sum() / masked.sum().clamp_min(1)}
 
+    def led_to(self, actions):
+        """Actions between frames (B, T-1) → the action that led to each frame (B, T); for the first it is "none"."""
+        return F.pad(actions, (1, 0), value=self.null_action)
+
     def masked_logits(self, tokens, actions, masked):
         """Logits (B, T-1, N, codebook_size) of frames 1 … T-1, each seen through masked (B, T-1, N), pasts clean."""
         B, T, N = tokens.shape
         hidden = tokens[:, 1:].masked_fill(masked, self.mask_index)
         twice = torch.cat([tokens[:, :-1], hidden], dim=1)  # (B, 2(T-1), N): clean 0 … T-2, masked 1 … T-1
-        null = torch.full_like(actions[:, :1], self.null_action)
-        cond = self.embed_action(torch.cat([null, actions[:, :-1], actions], dim=1))  # (B, 2(T-1), E)
         frame = torch.arange(T, device=tokens.device)
         times = torch.cat([frame[:-1], frame[1:]])
         past = causal_band(T, T, self.transformer.context_length, tokens.device)
@@ -76,7 +86,7 @@ class DynamicsModel(nn.Module):
         self_only = torch.eye(T - 1, dtype=torch.bool, device=tokens.device)
         clean_rows = torch.cat([past[:-1, :-1], torch.zeros_like(self_only)], dim=1)
         masked_rows = torch.cat([before[1:, :-1], self_only], dim=1)
-        x = self.embed(twice)  # (B, 2(T-1), N, E)
+        x, cond = self.embed(twice, torch.cat([self.led_to(actions[:, :-1]), actions], dim=1))  # (B, 2(T-1), N, E)
         x = self.transformer(x, cond, times, torch.cat([clean_rows, masked_rows]))
         return self.head(x[:, T - 1 :])
 
@@ -90,8 +100,7 @@ class DynamicsModel(nn.Module):
 
     def _next_latents(self, tokens, actions, cache=None):
         """Frames t (B, T, N) and the actions that follow them (B, T) → latents of frames t+1 (B, T, N, D)."""
-        x = self.embed(tokens)
-        x = x + self.embed_action(actions).unsqueeze(2)
+        x, _ = self.embed(tokens, actions)
         return self.head(self.transformer(x, cache=cache, finished=True))
 
     def _snap(self, latents):
@@ -111,7 +120,8 @@ class DynamicsModel(nn.Module):
             self._finish(tokens, actions[:, :-1], cache)
 
     def _finish(self, tokens, actions, cache):
-        self.transformer(self.embed(tokens), self.embed_action(actions), cache=cache, finished=True)
+        x, cond = self.embed(tokens, actions)
+        self.transformer(x, cond, cache=cache, finished=True)
 
     @torch.no_grad()
     def next_frame(self, last, last_action, action, cache, steps=4, temperature=0.2, generator=None):
@@ -124,10 +134,9 @@ class DynamicsModel(nn.Module):
             latents = self._next_latents(last.unsqueeze(1), action.unsqueeze(1), cache)[:, 0]
             return self.quantizer.codes_to_indices(self._snap(latents.float()))
         self._finish(last.unsqueeze(1), last_action.unsqueeze(1), cache)
-        cond = self.embed_action(action).unsqueeze(1)  # (B, 1, E)
 
         def logits_of(tokens):  # (B, N) → (B, N, codebook_size)
-            x = self.embed(tokens.unsqueeze(1))
+            x, cond = self.embed(tokens.unsqueeze(1), action.unsqueeze(1))
             return self.head(self.transformer(x, cond, cache=cache))[:, 0].float()
 
         return maskgit_decode(logits_of, torch.full_like(last, self.mask_index), self.mask_index, steps, temperature, generator)

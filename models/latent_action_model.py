@@ -14,11 +14,15 @@ What keeps the codes alive, each measured on the dummy world:
 """
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from models.fsq import FiniteScalarQuantizer
 from models.patch_embed import PatchEmbedding, PatchUnembedding
 from models.st_transformer import SpatioTemporalPositionalEncoding, SpatioTemporalTransformer
+
+
+MOVES = (-11, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 11)  # pixels
 
 
 class LatentActionsEncoder(nn.Module):
@@ -54,11 +58,11 @@ class LatentActionsDecoder(nn.Module):
     """
 
     def __init__(
-        self, frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length, action_dim, keep_rate
-    ):
+        self, frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length, action_dim, keep_rate, kind
+    ):  # fmt: skip
         super().__init__()
         n_patches = (frame_size[0] // patch_size) * (frame_size[1] // patch_size)
-        self.keep_rate = keep_rate
+        self.keep_rate, self.kind, self.patch_size = keep_rate, kind, patch_size
         self.embed = PatchEmbedding(patch_size, embed_dim)
         self.embed_action = nn.Linear(action_dim, embed_dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(embed_dim))
@@ -67,6 +71,11 @@ class LatentActionsDecoder(nn.Module):
         self.frame_head = PatchUnembedding(patch_size, embed_dim, frame_size)
         nn.init.zeros_(self.frame_head.project.weight)
         nn.init.zeros_(self.frame_head.project.bias)
+        if kind == "warp":
+            self.move_head = nn.Linear(embed_dim, 2 * len(MOVES))
+            nn.init.zeros_(self.move_head.weight)
+            nn.init.zeros_(self.move_head.bias)
+            self.move_head.bias.data[MOVES.index(0) :: len(MOVES)] = 4.0  # "stay", for a start
 
     def mask(self, tokens):
         """Replace tokens (B, T-1, N, E) by the mask token, except in the first frame and at the kept places."""
@@ -78,7 +87,21 @@ class LatentActionsDecoder(nn.Module):
         # The article masks in training only; unmasked frames would then be new to the decoder at evaluation.
         tokens = self.positions(self.mask(self.embed(frames)))  # (B, T-1, N, E)
         tokens = tokens + self.embed_action(actions).unsqueeze(2)
-        return frames + self.frame_head(self.transformer(tokens)).float()
+        tokens = self.transformer(tokens)
+        predicted = self.frame_head(tokens).float()  # (B, T-1, 3, H, W)
+        if self.kind == "warp":
+            frames = self.warp(frames, self.move_head(tokens).float())
+        return predicted if self.kind == "frame" else frames + predicted
+
+    def warp(self, frames, moves):
+        """Move each patch's content by a mixture of MOVES, across and then down; moves (B, T-1, N, 2·len(MOVES)) are logits."""
+        P, (H, W) = self.patch_size, frames.shape[-2:]
+        weights = moves.unflatten(-1, (2, -1)).softmax(dim=-1)  # (B, T-1, N, 2, len(MOVES))
+        weights = rearrange(weights, "b t (h w) two m -> two m b t 1 h w", h=H // P)
+        weights = weights.repeat_interleave(P, dim=-2).repeat_interleave(P, dim=-1)  # (2, len(MOVES), B, T-1, 1, H, W)
+        for axis, weight in zip((-1, -2), weights):
+            frames = sum(w * frames.roll(move, axis) for w, move in zip(weight, MOVES))
+        return frames
 
 
 class LatentActionModel(nn.Module):
@@ -89,23 +112,24 @@ class LatentActionModel(nn.Module):
 
     def __init__(
         self, frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length,
-        n_actions=8, pairs=True, keep_rate=1.0, entropy_lambda=0.25, var_target=0.2, var_lambda=1.0,
+        n_actions=8, pairs=True, decoder="warp", keep_rate=1.0, unit_rms=True, soft_rate=0.5,
+        entropy_lambda=0.25, var_target=0.2, var_lambda=1.0,
     ):  # fmt: skip
         super().__init__()
         if n_actions < 2 or n_actions & (n_actions - 1):
             raise ValueError(f"n_actions must be a power of two (2, 4, 8, …), got {n_actions}")
         action_dim = n_actions.bit_length() - 1
         sizes = (frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length)
-        self.n_actions = n_actions
+        self.n_actions, self.unit_rms, self.soft_rate = n_actions, unit_rms, soft_rate
         self.entropy_lambda, self.var_target, self.var_lambda = entropy_lambda, var_target, var_lambda
         self.encoder = LatentActionsEncoder(*sizes, action_dim, pairs)
         self.quantizer = FiniteScalarQuantizer([2] * action_dim)
-        self.decoder = LatentActionsDecoder(*sizes, action_dim, keep_rate)
+        self.decoder = LatentActionsDecoder(*sizes, action_dim, keep_rate, decoder)
 
     def latents(self, frames):
-        """frames → pre-quantised actions (B, T-1, A), each vector with a mean square of 1 (if A > 1)."""
+        """frames → pre-quantised actions (B, T-1, A), each vector with a mean square of 1 (if A > 1 and unit_rms)."""
         z = self.encoder(frames).float()
-        return F.rms_norm(z, z.shape[-1:]) if z.shape[-1] > 1 else z  # a single number would become ±1
+        return F.rms_norm(z, z.shape[-1:]) if self.unit_rms and z.shape[-1] > 1 else z  # a single number would become ±1
 
     def collapse_penalty(self, soft_bits):
         """soft_bits (B, T-1, A) in (-1, 1): the article's variance penalty minus the entropy bonus, a scalar."""
@@ -123,7 +147,7 @@ class LatentActionModel(nn.Module):
         codes, soft_bits = self.quantizer(latents), self.quantizer.bound(latents)  # (B, T-1, A): ±1, and between
         actions = codes
         if self.training:
-            actions = torch.where(torch.rand_like(codes) < 0.5, soft_bits, codes)
+            actions = torch.where(torch.rand_like(codes) < self.soft_rate, soft_bits, codes)
         error = F.mse_loss(self.decoder(frames[:, :-1], actions), frames[:, 1:])
         copy_error = F.mse_loss(frames[:, :-1], frames[:, 1:]).clamp_min(1e-8)  # a still clip has none
         loss = error / copy_error + self.collapse_penalty(soft_bits)

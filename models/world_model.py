@@ -5,24 +5,41 @@ last context_length - 1 finished frames and compute only the new one. This equal
 causal band of context_length frames in every layer. Clips in training are one band long, so beyond that age a cached
 frame has indirectly seen more past than any frame in training had; nothing else changes.
 """
+import json
 from pathlib import Path
 
 import torch
 
-from models.checkpoint import CheckpointError, build_model, check_fit, load_checkpoint
+from models.checkpoint import CheckpointError, build_model, check_fit, fingerprint, load_checkpoint
+
+
+def read_action_table(path, lam_fingerprint):
+    """The rows of actions.json as train_lam.py wrote it; [] where there is none for this LAM. Raises CheckpointError."""
+    if not path.exists():
+        return []
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row | {"label": str(row["label"])} for row in table["actions"]]
+        if not all(row["action"] == i and {"share", "direction", "moves"} <= set(row) for i, row in enumerate(rows)):
+            raise ValueError("a row is missing something")
+        return rows if table["lam"] == lam_fingerprint else []
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is not an action table; mend it, or remove it to play with numbers alone") from None
 
 
 class WorldModel:
     """tokenizer, lam and dynamics in evaluation mode; lam is None when the dynamics was trained on true actions.
 
     start_frames uint8 (n, T, H, W, 3), if any, are places to begin from that travel with the world; fps is the footage's.
+    action_table: the rows of actions.json, the legend of the latent actions, or [].
     """
 
-    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, fps=15.0, steps=4, temperature=0.2, seed=0):
+    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, action_table=(), fps=15.0, steps=4, temperature=0.2, seed=0):
         self.tokenizer, self.lam, self.dynamics = tokenizer, lam, dynamics
         self.start_frames, self.fps, self.steps, self.temperature = start_frames, fps, steps, temperature
         self.n_actions = dynamics.null_action
         self.action_names = action_names or [str(i) for i in range(self.n_actions)]
+        self.action_table = action_table
         self.frame_size = list(tokenizer.frame_size)
         self.device = next(tokenizer.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -42,9 +59,11 @@ class WorldModel:
         loaded = {stage: load_checkpoint(files[stage], stage) for stage in stages}
         check_fit(loaded["tokenizer"], loaded.get("lam"), dynamics)
         models = {s: build_model(c, files[s]).to(device) for s, c in {**loaded, "dynamics": dynamics}.items()}
+        table = read_action_table(path / "actions.json", fingerprint(loaded["lam"])) if "lam" in loaded else []
+        names = [row["label"] for row in table] or dynamics["action_names"]
         trained = {name: dynamics["config"][name] for name in ("steps", "temperature")}
         return cls(
-            models["tokenizer"], models.get("lam"), models["dynamics"], dynamics["start_frames"], dynamics["action_names"], dynamics["fps"],
+            models["tokenizer"], models.get("lam"), models["dynamics"], dynamics["start_frames"], names, table, dynamics["fps"],
             **{**trained, **{name: value for name, value in settings.items() if value is not None}},
         )  # fmt: skip
 
@@ -70,8 +89,7 @@ class WorldModel:
         tokens = self.tokenizer.encode(video)  # (B, T, N)
         self.pixel_cache, self.cache = self.tokenizer.new_cache(), self.dynamics.new_cache()
         self.tokenizer.decode(tokens, self.pixel_cache)
-        actions = torch.as_tensor(actions, device=self.device)
-        led_to = torch.cat([torch.full_like(tokens[:, :1, 0], self.dynamics.null_action), actions], dim=1)  # (B, T)
+        led_to = self.dynamics.led_to(torch.as_tensor(actions, device=self.device))  # (B, T)
         if T > 1:
             self.dynamics.prefill(tokens[:, :-1], led_to, self.cache)
         self.last, self.last_action = tokens[:, -1], led_to[:, -1]

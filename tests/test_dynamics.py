@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SIZES, randomise
 
 from data_utils import Clips, Footage, dummy_world, to_float
@@ -22,8 +23,9 @@ def per_frame(difference):
     return difference.abs().amax(dim=(0, 2, 3))  # (B, T-1, N, V) → (T-1,), frames 1 … T-1
 
 
-def test_an_action_conditions_the_frame_it_produced_and_no_earlier_one():
-    model, (tokens, actions) = dynamics(), clip()
+@pytest.mark.parametrize("adaln", [True, False])
+def test_an_action_conditions_the_frame_it_produced_and_no_earlier_one(adaln):
+    model, (tokens, actions) = dynamics(adaln=adaln), clip()
     masked = torch.ones(2, 6, 5, dtype=torch.bool)
     other = actions.clone()
     other[:, 3] = (other[:, 3] + 1) % 4  # pressed between frames 3 and 4
@@ -46,17 +48,35 @@ def test_a_masked_frame_sees_only_clean_earlier_frames():
     assert difference[2] > 1e-3 and (difference[[0, 1, 3, 4, 5]] < 1e-5).all()
 
 
-def test_training_sees_what_play_sees():
-    model, (tokens, actions) = dynamics(), clip(T=9)  # longer than the context of 4
+@pytest.mark.parametrize("adaln", [True, False])
+def test_training_sees_what_play_sees(adaln):
+    model, (tokens, actions) = dynamics(adaln=adaln), clip(T=9)  # longer than the context of 4
     masked = torch.ones(2, 8, 5, dtype=torch.bool)
     trained = model.masked_logits(tokens, actions, masked)
     led_to = torch.cat([torch.full((2, 1), model.null_action), actions], dim=1)
     cache = model.new_cache()
     for t in range(1, 9):
         model.prefill(tokens[:, t - 1 : t], led_to[:, t - 1 : t + 1], cache)
-        hidden = model.embed(torch.full((2, 1, 5), model.mask_index))
-        played = model.head(model.transformer(hidden, model.embed_action(led_to[:, t : t + 1]), cache=cache))
+        hidden, cond = model.embed(torch.full((2, 1, 5), model.mask_index), led_to[:, t : t + 1])
+        played = model.head(model.transformer(hidden, cond, cache=cache))
         assert torch.allclose(played[:, 0], trained[:, t - 1], atol=1e-4)
+
+
+def test_with_masked_context_a_frame_sees_the_masks_of_earlier_frames():
+    model, (tokens, actions) = dynamics(clean_context=False), clip()
+    seen = []
+    model.transformer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    torch.manual_seed(5)
+    loss, _ = model(tokens, actions)
+    torch.manual_seed(5)
+    rate = 0.5 + 0.5 * torch.rand(2, 6, 1)
+    masked = torch.rand(2, 6, 5) < rate
+    hidden = tokens.clone()
+    hidden[:, 1:][masked] = model.mask_index
+    x, cond = model.embed(hidden, torch.cat([torch.full((2, 1), 4), actions], dim=1))
+    assert len(seen) == 1 and torch.equal(seen[0], x)  # one pass over the masked clip, the first frame clean
+    logits = model.head(model.transformer(x, cond)[:, 1:])
+    assert torch.allclose(loss, F.cross_entropy(logits[masked], tokens[:, 1:][masked]), atol=1e-5)
 
 
 def test_loss_is_the_cross_entropy_of_masked_tokens_at_rates_above_a_half():

@@ -5,7 +5,7 @@ from conftest import SIZES, randomise
 import metrics
 from data_utils import Clips, Footage, dummy_world, to_float
 from models.checkpoint import build_model, load_checkpoint
-from models.latent_action_model import LatentActionModel
+from models.latent_action_model import MOVES, LatentActionModel
 
 
 def lam(**changes):
@@ -56,8 +56,21 @@ def test_collapse_costs():
     assert torch.allclose(spread, -0.5 * torch.tensor(8.0).log(), atol=1e-4)  # uniform over 8 codes, no variance missing
 
 
+def test_the_decoder_can_move_a_patch():
+    decoder = lam(frame_size=[32, 32]).decoder
+    frames = torch.rand(1, 2, 3, 32, 32)
+    moves = torch.full((1, 2, 16, 2 * len(MOVES)), -50.0)
+    moves[..., MOVES.index(0)] = moves[..., len(MOVES) + MOVES.index(0)] = 0.0
+    assert torch.allclose(decoder.warp(frames, moves), frames)
+    moves[0, 1, 5, MOVES.index(0)], moves[0, 1, 5, MOVES.index(3)] = -50.0, 0.0  # the second patch of the second row, to the right
+    moved = decoder.warp(frames, moves)
+    assert torch.allclose(moved[0, 1, :, 8:16, 8:16], frames[0, 1, :, 8:16, 5:13])
+    moved[0, 1, :, 8:16, 8:16] = frames[0, 1, :, 8:16, 8:16]
+    assert torch.allclose(moved, frames)  # and nothing else
+
+
 def test_new_model_predicts_a_copy():
-    model = LatentActionModel(frame_size=[16, 16], patch_size=8, **SIZES).eval()
+    model = LatentActionModel(frame_size=[16, 16], patch_size=8, decoder="change", **SIZES).eval()
     frames = torch.rand(2, 4, 3, 16, 16) * 2 - 1
     assert torch.equal(model.predict(frames), frames[:, :-1])
     assert torch.allclose(model(frames)[1]["error_over_copy"], torch.tensor(1.0))

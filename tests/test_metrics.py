@@ -62,16 +62,20 @@ def test_frechet_distance_of_gaussians():
     assert abs(metrics.frechet_distance(a, b) - (0 + 1 + 16)) < 0.5
 
 
-def test_random_features_order_videos_by_damage():
-    video = torch.rand(80, 16, 1, 1, 3).expand(80, 16, 32, 32, 3).clone()
-    for i in range(80):
-        for t in range(16):
-            video[i, t, 4 + t : 12 + t, i % 20 : i % 20 + 8] = torch.rand(3, generator=torch.Generator().manual_seed(i))
-
-    def blur(width):
-        flat = video.flatten(0, 1).permute(0, 3, 1, 2)
-        return F.avg_pool2d(flat, width, 1, width // 2, count_include_pad=False).permute(0, 2, 3, 1).view(video.shape)
-
-    real = metrics.random_conv_features(video)
-    distances = [metrics.frechet_distance(metrics.random_conv_features(x), real) for x in (video, blur(3), blur(9))]
-    assert abs(distances[0]) < 1e-6 and 1e-6 < distances[1] < distances[2]
+def test_warnings_name_the_metric_and_a_flag():
+    well = {
+        "tokenizer/perplexity": 200, "tokenizer/psnr_changing": 25.0, "tokenizer/copy_psnr_changing": 14.0, "lam/actions_used": 8,
+        "lam/n_actions": 8, "lam/largest_share": 0.3, "dynamics/delta_psnr_t4": 2.0,
+    }  # fmt: skip
+    assert metrics.warnings_of(well) == []
+    for name, value, flag in [
+        ("tokenizer/perplexity", 1.0, "--learning-rate"),  # a dead codebook
+        ("tokenizer/psnr_changing", 13.9, "--minutes"),
+        ("lam/actions_used", 5, "--entropy-lambda"),  # collapsed codes
+        ("lam/largest_share", 0.95, "--entropy-lambda"),
+        ("lam/error_over_copy", 1.01, "--minutes"),
+        ("dynamics/delta_psnr_t4", 0.02, "--minutes"),  # actions that do nothing
+        ("dynamics/action_gain", 0.001, "--minutes"),
+    ]:
+        (line,) = metrics.warnings_of({**well, name: value})
+        assert line.startswith(f"warning: {name} is {value:.3g}") and flag in line

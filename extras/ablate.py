@@ -1,0 +1,198 @@
+"""One change at a time: what each choice of the recipe is worth, with the spread over seeds.
+
+    python extras/ablate.py --world checkpoints/doom-maze --data-path data/doom-maze-40000.h5 --test data/doom-maze-24000-test.h5
+    python extras/ablate.py ... --only lam            or dynamics
+
+Every row trains one stage anew, with the preset cpu but fewer updates, the same number for all rows, and everything else as
+in --world; seeds 0, 1, 2. Rows are flags of the training scripts; the three that are not are classes below. Each result is
+written to --json at once, and what is there already is not trained again.
+"""
+import json
+import shutil
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_dynamics  # noqa: E402
+import train_lam  # noqa: E402
+import validate  # noqa: E402
+from config import Parser, UserError, print_user_errors  # noqa: E402
+from models.checkpoint import build_model, load_checkpoint  # noqa: E402
+from models.latent_action_model import LatentActionModel  # noqa: E402
+
+
+class WarmUp(LatentActionModel):
+    """All action bits continuous in the first half of training, all rounded in the second."""
+
+    n_updates, steps = 0, 0
+
+    def forward(self, frames):
+        if self.training:
+            self.steps += 1
+            self.soft_rate = 1.0 if self.steps <= self.n_updates // 2 else 0.0
+        return super().forward(frames)
+
+
+class TokenTarget(LatentActionModel):
+    """The decoder predicts the tokens of the next frame, with cross-entropy, and so needs the tokenizer first."""
+
+    tokenizer = None  # a frozen VideoTokenizer, kept out of the weights
+
+    def __init__(self, **sizes):
+        super().__init__(**{**sizes, "decoder": "frame"})
+        self.decoder.frame_head = nn.Linear(sizes["embed_dim"], self.tokenizer[0].quantizer.codebook_size)
+
+    def forward(self, frames):
+        latents = self.latents(frames)
+        codes, soft_bits = self.quantizer(latents), self.quantizer.bound(latents)
+        actions = torch.where(torch.rand_like(codes) < self.soft_rate, soft_bits, codes) if self.training else codes
+        with torch.no_grad():
+            tokens = self.tokenizer[0].encode(frames)  # (B, T, N)
+        logits = self.decoder(frames[:, :-1], actions)  # (B, T-1, N, codebook_size)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 2), tokens[:, 1:].flatten())
+        logs = {"error_over_copy": cross_entropy.detach() / 7, "codes_used": self.quantizer.codes_to_indices(codes.detach()).unique().numel()}
+        return cross_entropy + self.collapse_penalty(soft_bits), logs
+
+    def predict(self, frames):
+        logits = self.decoder(frames[:, :-1], self.quantizer(self.latents(frames)))
+        tokens = torch.cat([self.tokenizer[0].encode(frames)[:, :1], logits.argmax(-1)], dim=1)  # (B, T, N)
+        return self.tokenizer[0].decode(tokens)[:, 1:]
+
+
+class MuonAndAdamW:
+    """Muon for the matrices of the blocks, AdamW for embeddings, heads and vectors; one face for both."""
+
+    def __init__(self, parameters, lr, embed_dim=128, **options):
+        parameters = list(parameters)
+        matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) >= embed_dim and max(p.shape) < 8 * embed_dim]
+        others = [p for p in parameters if not any(p is m for m in matrices)]
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        self.both = [muon, ADAMW(others, lr=lr, **options)]
+        self.param_groups = [group for optimizer in self.both for group in optimizer.param_groups]
+
+    def step(self):
+        [optimizer.step() for optimizer in self.both]
+
+    def zero_grad(self):
+        [optimizer.zero_grad() for optimizer in self.both]
+
+    def state_dict(self):
+        return {}
+
+
+ADAMW = torch.optim.AdamW
+LAM_ROWS = {  # name → flags, what replaces what
+    "as shipped": ([], None),
+    "decoder adds, cannot move patches": (["--decoder", "change"], None),
+    "decoder draws the frame anew (article)": (["--decoder", "frame"], None),
+    "history hidden from the decoder (article, --keep-rate 0)": (["--keep-rate", "0"], None),
+    "token target instead of pixels": ([], TokenTarget),
+    "rounded from the start (article, --soft-rate 0)": (["--soft-rate", "0"], None),
+    "continuous first half, then rounded": ([], WarmUp),
+    "no normalisation before rounding (article)": (["--latent-norm", "none"], None),
+    "mean-pooled frames instead of pairs (article)": (["--encoder", "frames"], None),
+    "no entropy bonus (article)": (["--entropy-lambda", "0"], None),
+}
+DYNAMICS_ROWS = {
+    "as shipped": ([], None),
+    "context masked (Genie, the article)": (["--context", "masked"], None),
+    "action added to the tokens (Genie)": (["--conditioning", "add"], None),
+    "Muon for the blocks' matrices": ([], MuonAndAdamW),
+    "no actions (dice instead): the floor": (["--actions", "random"], None),
+    "true buttons: the skyline": (["--actions", "true"], None),
+}
+LAM_METRICS = ("psnr", "copy_psnr", "nmi", "accuracy", "actions_used", "largest_share")
+DYNAMICS_METRICS = ("delta_psnr_t4", "delta_psnr_null_t4", "rollout_psnr_t4", "copy_psnr_t4", "masked_ce", "token_accuracy_changing")
+
+
+def train_row(stage, name, seed, args, clips, out):
+    """Train one row and measure it → flat dict of floats."""
+    flags, other = (LAM_ROWS if stage == "lam" else DYNAMICS_ROWS)[name]
+    n_updates = args.lam_updates if stage == "lam" else args.dynamics_updates
+    options = ["--data-path", args.data_path, "--out", str(out), "--preset", args.preset, "--n-updates", str(n_updates), "--seed", str(seed),
+               "--sample-every", "1000000", "--save-every", "1000000", *flags]  # fmt: skip
+    began = time.perf_counter()
+    if stage == "lam":
+        kind = other or LatentActionModel
+        WarmUp.n_updates = n_updates
+        TokenTarget.tokenizer = [build_model(load_checkpoint(Path(args.world) / "tokenizer.pt", "tokenizer"))]
+        with mock.patch.object(train_lam, "LatentActionModel", kind):
+            train_lam.main(options)
+        minutes = (time.perf_counter() - began) / 60
+        saved = load_checkpoint(out / "lam.pt", "lam")
+        lam = kind(**saved["model_args"])
+        lam.load_state_dict(saved["model"])
+        values = validate.lam_metrics(lam.eval(), clips, "cpu")
+        return {metric: float(values[metric]) for metric in LAM_METRICS} | {"minutes": minutes}
+    for part in ["tokenizer.pt"] + ["lam.pt"] * ("true" not in flags):
+        shutil.copy(Path(args.world) / part, out)
+    with mock.patch.object(torch.optim, "AdamW", other or ADAMW):
+        train_dynamics.main(options)
+    minutes = (time.perf_counter() - began) / 60
+    values = validate.dynamics_metrics(validate.WorldModel.load(out), clips, "cpu", None)
+    return {metric: float(values[metric]) for metric in DYNAMICS_METRICS} | {"minutes": minutes}
+
+
+def table(results, stage, rows, columns):
+    """A Markdown table of mean ± standard deviation over seeds; columns: heading → function of one result."""
+    lines = [f"| {stage} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in rows:
+        found = [result for key, result in results.items() if key.startswith(f"{stage}/{name}/")]
+        cells = []
+        for value_of in columns.values() if found else ():
+            values = torch.tensor([value_of(result) for result in found])
+            cells.append(f"{values.mean():.2f} ± {values.std():.2f}" if len(found) > 1 else f"{values[0]:.2f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--world", required=True, help="folder of a trained world: its tokenizer and LAM are used")
+    parser.add_argument("--data-path", required=True, help="footage to train on, with recorded buttons")
+    parser.add_argument("--test", required=True, help="footage to measure on")
+    parser.add_argument("--json", default="results/ablation.json")
+    parser.add_argument("--only", default="", choices=("", "lam", "dynamics"))
+    parser.add_argument("--lam-updates", type=int, default=300)
+    parser.add_argument("--dynamics-updates", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--preset", default="cpu")
+    args = parser.parse_args(argv)
+    if not Path(args.world).is_dir():
+        raise UserError(f"no world at {args.world}; train one first: python speedrun.py")
+    path = Path(args.json)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    footage = validate.open_footage(Namespace(data_path=args.test, data_type="auto", use_dummy_data=False, frame_size=64))
+    for stage, rows, length in (("lam", LAM_ROWS, 8), ("dynamics", DYNAMICS_ROWS, validate.CONTEXT + 4)):
+        clips = validate.Clips(footage, "val", length, val_fraction=0.5).spread(128)
+        for seed in range(args.seeds if args.only in ("", stage) else 0):
+            for name in rows:
+                key = f"{stage}/{name}/{seed}"
+                if key in results:
+                    continue
+                print(f"\n=== {key}", flush=True)
+                with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+                    results[key] = train_row(stage, name, seed, args, clips, Path(folder))
+                path.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results, "lam", LAM_ROWS, {
+        "error / copy-last": lambda r: 10 ** ((r["copy_psnr"] - r["psnr"]) / 10), "nmi with buttons": lambda r: r["nmi"],
+        "largest share": lambda r: r["largest_share"], "actions used": lambda r: r["actions_used"], "minutes": lambda r: r["minutes"]}))  # fmt: skip
+    print(table(results, "dynamics", DYNAMICS_ROWS, {
+        "ΔPSNR@4 to random": lambda r: r["delta_psnr_t4"], "to most frequent": lambda r: r["delta_psnr_null_t4"],
+        "rollout − copy, t=4": lambda r: r["rollout_psnr_t4"] - r["copy_psnr_t4"],
+        "masked cross-entropy": lambda r: r["masked_ce"], "minutes": lambda r: r["minutes"]}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    print_user_errors()
+    main()

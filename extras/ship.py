@@ -1,0 +1,99 @@
+"""Make a trained world small enough to ship, measure what is shipped, and write its card.
+
+    python record.py doom-maze --frames 24000 --seed 2000 --out data/doom-maze-card.h5
+    python extras/ship.py --checkpoint checkpoints/doom-maze --test data/doom-maze-card.h5
+
+Weights become float16; optimizer and random state go, so training cannot be resumed from a shipped world. The numbers on the
+card are measured on the files that are shipped; times and commands come from the report that speedrun.py left.
+"""
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import validate  # noqa: E402
+from config import Parser, UserError, make_folder, print_user_errors  # noqa: E402
+from models.checkpoint import MODELS, fingerprint, load_checkpoint, save_checkpoint  # noqa: E402
+from record import GAMES  # noqa: E402
+from speedrun import FRAMES  # noqa: E402
+
+CARD = """# {name}
+
+A world learned from video alone: no button was seen in training. Play it: `python play.py --checkpoint {out}`
+
+* **Data**: {n_train:,} frames of {game}, 64×64, {fps:g} frames per second, recorded by `record.py` (seed 0) with random buttons
+  ({buttons}), each held for 1-8 frames. The numbers below were measured on `{test}`, which neither training nor any choice saw.
+* **Recipe**: preset {preset}; {updates}.
+* **Reproduce**: `{command}` (commit {commit}), {minutes:.1f} minutes on {device}; then
+  `{ship}` for these files (float16 weights, no optimizer: {megabytes:.1f} MB).
+* **Licences**: {licence}
+
+| latent action | what it does | share |
+|---|---|---|
+{actions}
+
+| metric | value |
+|---|---|
+{numbers}
+"""
+LICENCES = {
+    "ale_py": "the pictures are Atari's game, run by ale-py (GPL-2.0)",
+    "vizdoom": "the pictures are VizDoom scenarios (MIT) on Freedoom's assets (BSD-3-Clause)",
+    "crafter": "the pictures are Crafter's (MIT)",
+    "procgen": "the pictures are Procgen's (MIT)",
+}
+SHOWN = """tokenizer/psnr tokenizer/psnr_changing tokenizer/codebook_usage lam/actions_used lam/largest_share lam/nmi lam/nmi_ceiling
+lam/accuracy lam/majority dynamics/rollout_psnr_t1 dynamics/rollout_psnr_t4 dynamics/copy_psnr_t4 dynamics/rollout_psnr_t16
+dynamics/copy_psnr_t16 dynamics/delta_psnr_t4 dynamics/delta_psnr_null_t4 dynamics/fvd_smallnet dynamics/fvd_smallnet_copy""".split()
+
+
+def shrink(source, out):
+    """The three checkpoints and the action table of `source`, as float16 and without training state, into `out`."""
+    saved = {stage: load_checkpoint(source / f"{stage}.pt", stage) for stage in MODELS}
+    for stage, checkpoint in saved.items():
+        checkpoint["model"] = {name: weight.half() for name, weight in checkpoint["model"].items()}
+        for name in ("optimizer", "rng"):
+            checkpoint.pop(name, None)
+    saved["dynamics"]["inputs"] = {stage: fingerprint(saved[stage]) for stage in saved["dynamics"]["inputs"]}
+    saved["dynamics"]["start_frames"] = saved["dynamics"]["start_frames"][:6].clone()
+    for stage, checkpoint in saved.items():
+        save_checkpoint(out / f"{stage}.pt", checkpoint)
+    table = json.loads((source / "actions.json").read_text(encoding="utf-8")) | {"lam": fingerprint(saved["lam"])}
+    table.pop("picture", None)
+    (out / "actions.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return saved, table["actions"]
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="folder of a world that speedrun.py has trained")
+    parser.add_argument("--test", required=True, help="footage with recorded buttons that training never saw")
+    parser.add_argument("--out", default="", help="[checkpoints/shipped/NAME]")
+    args = parser.parse_args(argv)
+    source = Path(args.checkpoint)
+    out = Path(args.out or Path("checkpoints/shipped") / source.name)
+    report = source / "report" / "report.json"
+    if not report.exists():
+        raise UserError(f"no {report}; a shipped world is made by speedrun.py")
+    made = json.loads(report.read_text())
+    make_folder(out)
+    saved, rows = shrink(source, out)
+    numbers = validate.main(["--checkpoint", str(out), "--data-path", args.test, "--val-fraction", "0.5", "--json", str(out / "report.json")])
+    game, preset = GAMES[made["world"]], saved["dynamics"]["config"]["preset"]
+    (out / "card.md").write_text(CARD.format(
+        name=source.name, out=out.as_posix(), game=made["world"], fps=game.fps, buttons=", ".join(game.actions),
+        n_train=FRAMES[preset][0], test=args.test, preset=preset,
+        updates=", ".join(f"{stage} {checkpoint['n_updates']:,} updates" for stage, checkpoint in saved.items()),
+        command=made["command"], commit=made["commit"][:8], minutes=made["minutes/total"], device=made["device"],
+        ship=f"python extras/ship.py --checkpoint {source.as_posix()} --test {args.test}",
+        megabytes=sum(path.stat().st_size for path in out.glob("*.pt")) / 2**20, licence=LICENCES[game.package],
+        actions="\n".join(f"| {row['action']} | {row['label']} | {row['share']:.0%} |" for row in rows),
+        numbers="\n".join(f"| {name} | {numbers[name]:.3g} |" for name in SHOWN if name in numbers),
+    ), encoding="utf-8")  # fmt: skip
+    print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 2**20:.1f} MB, with card.md")
+
+
+if __name__ == "__main__":
+    print_user_errors()
+    main()

@@ -1,0 +1,54 @@
+import json
+
+import numpy as np
+import pytest
+
+from action_table import describe_motion, label_of, optical_flow
+from data_utils import dummy_world
+from models.checkpoint import CheckpointError
+from models.world_model import WorldModel, read_action_table
+from play import arrow_actions, idle_action, key_table
+
+
+def motion_in_dummy_world(action):
+    frames, actions = dummy_world(400)
+    at = np.flatnonzero(actions[:-1] == action)[:30]
+    return describe_motion(np.stack([optical_flow(frames[i], frames[i + 1]) for i in at]))
+
+
+def test_a_moving_camera_is_named_by_where_it_goes():
+    for action, direction in enumerate(["", "left", "right", "up", "down"]):  # the field scrolls 2 pixels as told
+        motion = motion_in_dummy_world(action)
+        assert motion["direction"] == direction
+        if direction:
+            assert motion["moves"] == "view" and 1.5 < motion["pixels"] < 2.5
+    assert label_of(motion_in_dummy_world(0)) == "still" and label_of(motion_in_dummy_world(1)) == "← view left"
+
+
+def test_a_moving_thing_is_named_by_where_it_goes_and_coming_closer_is_forward():
+    flows = np.zeros((5, 64, 64, 2), np.float32)
+    flows[:, 20:32, 50:56] = (0, -3)  # a paddle goes up
+    assert describe_motion(flows) == {"moves": "thing", "direction": "up", "pixels": 3.0}
+    y, x = np.mgrid[:64, :64] - 31.5
+    forward = np.stack([x, y], axis=-1)[None] * 0.1
+    assert describe_motion(np.repeat(forward, 5, axis=0))["direction"] == "forward"
+    assert describe_motion(np.repeat(-forward, 5, axis=0))["direction"] == "back"
+    flows[::2] *= -1  # as often down: nothing common to say
+    assert describe_motion(flows)["direction"] == ""
+
+
+def test_train_lam_writes_the_legend_that_play_shows(world_dir, tmp_path):
+    table = json.loads(open(f"{world_dir}/actions.json", encoding="utf-8").read())
+    rows = table["actions"]
+    assert [row["action"] for row in rows] == list(range(8)) and abs(sum(row["share"] for row in rows) - 1) < 1e-3
+    assert {"left", "right", "up", "down"} <= {row["direction"] for row in rows}  # all ways of the dummy world were found
+    world = WorldModel.load(world_dir)
+    for arrow, action in arrow_actions(world).items():
+        assert rows[action]["direction"] == arrow and f"{rows[action]['label']}  (arrow {arrow})" in key_table(world)[action]
+    assert rows[idle_action(world)]["label"] == "still"
+    (tmp_path / "actions.json").write_text(json.dumps(table))
+    assert read_action_table(tmp_path / "actions.json", "another LAM") == []
+    assert len(read_action_table(tmp_path / "actions.json", table["lam"])) == 8
+    (tmp_path / "actions.json").write_text('{"actions": [1]}')
+    with pytest.raises(CheckpointError, match="actions.json is not an action table"):
+        read_action_table(tmp_path / "actions.json", "x")

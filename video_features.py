@@ -1,0 +1,108 @@
+"""Features of short videos for the Fréchet distance in validate.py, from a network small enough to ship.
+
+    python video_features.py --data-path data/pong.h5 data/crafter.h5 data/doom-maze.h5      trains video_features.pt again
+
+Published FVD (arXiv:1812.01717) uses I3D, a network of 12 million weights trained on Kinetics. Where that file is at hand, pass
+it as --fvd-features i3d.pt and the distance is named fvd_i3d. Else this network is used: 3-D convolutions that learned, from
+recordings of games, which game 16 frames come from and whether they are in order, shuffled, reversed or at half speed. Its
+distance is named fvd_smallnet, ranks worlds of one game, and must not be compared with published FVD.
+"""
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from config import Parser, UserError, print_user_errors
+from data_utils import Clips, open_footage
+from models.checkpoint import save_checkpoint
+
+WEIGHTS = Path(__file__).parent / "video_features.pt"
+LENGTH, ORDERS = 16, ("as it was", "shuffled", "reversed", "half speed")
+
+
+class VideoFeatures(nn.Module):
+    """videos (n, T ≥ 16, 3, H, W) in [-1, 1] → features (n, 32)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv3d(3, 24, 3, stride=(1, 2, 2)), nn.GELU(),
+            nn.Conv3d(24, 48, 3, stride=2), nn.GELU(),
+            nn.Conv3d(48, 64, 3, stride=2), nn.GELU(),
+            nn.Conv3d(64, 32, (1, 3, 3)), nn.GELU(),
+        )  # fmt: skip
+
+    def forward(self, videos):
+        return self.layers(videos.transpose(1, 2)).mean(dim=(2, 3, 4))
+
+
+@torch.no_grad()
+def smallnet_features(videos):
+    """uint8 (n, T ≥ 16, H, W, 3) → (n, 32), on the CPU."""
+    network = VideoFeatures()
+    network.load_state_dict({name: weight.float() for name, weight in torch.load(WEIGHTS, weights_only=True)["model"].items()})
+    return torch.cat([network(v.movedim(-1, 2).float() / 127.5 - 1) for v in torch.as_tensor(videos).split(16)])
+
+
+@torch.no_grad()
+def i3d_features(path, videos):
+    """The same from a TorchScript I3D as FVD implementations share it: (n, 3, T, H, W) in 0-255, resized by itself → (n, 400).
+
+    Raises UserError if `path` is not such a file.
+    """
+    try:
+        network = torch.jit.load(path, map_location="cpu").eval()
+        batches = [v.movedim(-1, 1).float() for v in torch.as_tensor(videos).split(4)]  # (n, 3, T, H, W)
+        features = torch.cat([network(v, rescale=True, resize=True, return_features=True) for v in batches])
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"--fvd-features {path} is not a TorchScript I3D ({str(error).splitlines()[0]})") from None
+    return features.flatten(1)
+
+
+def reorder(videos, order, rng):
+    """videos uint8 (n, 2·LENGTH, H, W, 3) → (n, LENGTH, H, W, 3) in one of ORDERS."""
+    steps = {0: np.arange(LENGTH), 1: rng.permutation(LENGTH), 2: np.arange(LENGTH)[::-1], 3: np.arange(0, 2 * LENGTH, 2)}[order]
+    return videos[:, steps.copy()]
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--data-path", nargs="+", required=True, help="HDF5 recordings, one per game")
+    parser.add_argument("--out", default=str(WEIGHTS))
+    parser.add_argument("--n-updates", type=int, default=600)
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    sources = [open_footage(Namespace(data_path=path, data_type="h5", use_dummy_data=False)) for path in args.data_path]
+    train = [Clips(footage, "train", 2 * LENGTH, batch_size=8) for footage in sources]
+    network = VideoFeatures()
+    heads = nn.ModuleList([nn.Linear(32, len(sources)), nn.Linear(32, len(ORDERS))])
+    optimizer = torch.optim.AdamW([*network.parameters(), *heads.parameters()], lr=2e-3, fused=True)
+    bar = tqdm(range(args.n_updates), unit="step", mininterval=1)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min((step + 1) / 50, 1 - step / args.n_updates)
+        rng = np.random.default_rng(step)
+        videos, games, orders = [], [], []
+        for order in range(len(ORDERS)):
+            game = int(rng.integers(len(sources)))
+            videos.append(reorder(train[game].batch(4 * step + order)[0], order, rng))
+            games += [game] * len(videos[-1])
+            orders += [order] * len(videos[-1])
+        features = network(torch.cat(videos).movedim(-1, 2).float() / 127.5 - 1)
+        guesses = [head(features) for head in heads]
+        loss = sum(F.cross_entropy(guess, torch.tensor(truth)) for guess, truth in zip(guesses, (games, orders)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        right = [(guess.argmax(1) == torch.tensor(truth)).float().mean() for guess, truth in zip(guesses, (games, orders))]
+        bar.set_postfix_str(f"loss {loss:.2f}, right: game {right[0]:.2f}, order {right[1]:.2f}", refresh=False)
+    save_checkpoint(args.out, {"model": {name: weight.half() for name, weight in network.state_dict().items()}})
+
+
+if __name__ == "__main__":
+    print_user_errors()
+    main()
