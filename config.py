@@ -75,6 +75,7 @@ class DynamicsConfig(Config):
     objective: str = "ce"  # ce: masked tokens, cross-entropy; mse: next latents, squared error (seed 002)
     actions: str = "latent"  # latent: inferred by the LAM; true: recorded buttons, the skyline; random: dice, the floor
     context: str = "clean"  # earlier frames in training: clean, as at play; masked: like the frame itself (Genie)
+    token_kernel: int = 3  # how many tokens across the embedding of a token sees; 1: itself alone (Genie)
     conditioning: str = "adaln"  # how the action enters: adaln, or add: added to every token (Genie)
     steps: int = 4  # MaskGIT passes per frame at play
     temperature: float = 0.2  # of sampling at play; 0 is greedy, 1 the model's own
@@ -228,6 +229,7 @@ def check(cfg):
         need(0 <= cfg.soft_rate <= 1, f"--soft-rate must lie in 0 … 1, got {cfg.soft_rate}")
     if hasattr(cfg, "temperature"):
         check_sampling(cfg)
+        need(cfg.token_kernel % 2 == 1, f"--token-kernel must be odd (1, 3, 5), got {cfg.token_kernel}")
 
 
 def check_sampling(args):

@@ -120,7 +120,7 @@ class Doom:
         self.game.load_config(os.path.join(vizdoom.scenarios_path, f"{scenario}.cfg"))
         self.game.set_doom_config_path(os.path.join(tempfile.gettempdir(), "_vizdoom.ini"))  # else it lands in this folder
         self.game.set_window_visible(False)
-        self.game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
+        self.game.set_screen_resolution(vizdoom.ScreenResolution.RES_320X240)
         self.game.set_screen_format(vizdoom.ScreenFormat.RGB24)
         self.game.set_render_hud(False)
         self.game.set_render_weapon(False)
@@ -128,6 +128,7 @@ class Doom:
         self.game.set_render_screen_flashes(False)
         self.game.set_available_buttons([getattr(vizdoom.Button, name) for name in buttons])
         self.game.set_seed(seed)
+        self.game.set_episode_timeout(300)  # tics, then another place: who walks at random ends up with his nose to a wall
         self.game.init()
         self.presses = [[0] * len(buttons)] + np.eye(len(buttons), dtype=int).tolist()  # nothing, or one button
 
@@ -164,8 +165,8 @@ GAMES = {
                     lambda s, seed: CoinRun(s, 10_000 * seed)),  # fmt: skip
     "doom-arena": Game("vizdoom", GAMES_EXTRA, 17.5, ["noop", "turn left", "turn right", "attack"],
                        lambda s, _: Doom("defend_the_center", ["TURN_LEFT", "TURN_RIGHT", "ATTACK"], s)),  # fmt: skip
-    "doom-maze": Game("vizdoom", GAMES_EXTRA, 17.5, ["noop", "turn left", "turn right", "forward"],
-                      lambda s, _: Doom("my_way_home", ["TURN_LEFT", "TURN_RIGHT", "MOVE_FORWARD"], s)),  # fmt: skip
+    "doom-maze": Game("vizdoom", GAMES_EXTRA, 17.5, ["noop", "turn left", "turn right", "forward", "back"],
+                      lambda s, _: Doom("my_way_home", ["TURN_LEFT", "TURN_RIGHT", "MOVE_FORWARD", "MOVE_BACKWARD"], s)),  # fmt: skip
 }
 
 

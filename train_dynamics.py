@@ -45,7 +45,7 @@ def load_frozen(cfg, clips, device):
         raise UserError(f"{files['tokenizer']} is for frames of {sizes['frame_size']}, the footage has {clips.frame_size}")
     (H, W), P = sizes["frame_size"], sizes["patch_size"]
     n_actions = saved["lam"]["model_args"]["n_actions"] if "lam" in saved else n_buttons(clips.footage)
-    model_sizes = dict(n_patches=(H // P) * (W // P), levels=sizes["levels"], n_actions=n_actions)
+    model_sizes = dict(grid=[H // P, W // P], levels=sizes["levels"], n_actions=n_actions)
     models = {stage: build_model(checkpoint, files[stage]).to(device) for stage, checkpoint in saved.items()}
     return models["tokenizer"], models.get("lam"), model_sizes, list(saved.values())
 
@@ -83,7 +83,7 @@ def main(argv=None):
     model_args = dict(
         **sizes, embed_dim=cfg.embed_dim, hidden_dim=cfg.hidden_dim, n_heads=cfg.n_heads, n_blocks=cfg.n_blocks,
         context_length=cfg.context_length, objective=cfg.objective,
-        clean_context=cfg.context == "clean", adaln=cfg.conditioning == "adaln",
+        clean_context=cfg.context == "clean", adaln=cfg.conditioning == "adaln", token_kernel=cfg.token_kernel,
     )  # fmt: skip
     model = DynamicsModel(**model_args).to(device)
     network = torch.compile(model) if cfg.compile else model

@@ -77,7 +77,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     sources = [open_footage(Namespace(data_path=path, data_type="h5", use_dummy_data=False)) for path in args.data_path]
-    train = [Clips(footage, "train", 2 * LENGTH, batch_size=8) for footage in sources]
+    train = [Clips(footage, "train", 2 * LENGTH, batch_size=2 * len(ORDERS)) for footage in sources]
     network = VideoFeatures()
     heads = nn.ModuleList([nn.Linear(32, len(sources)), nn.Linear(32, len(ORDERS))])
     optimizer = torch.optim.AdamW([*network.parameters(), *heads.parameters()], lr=2e-3, fused=True)
@@ -87,11 +87,11 @@ def main(argv=None):
             group["lr"] = 2e-3 * min((step + 1) / 50, 1 - step / args.n_updates)
         rng = np.random.default_rng(step)
         videos, games, orders = [], [], []
-        for order in range(len(ORDERS)):
-            game = int(rng.integers(len(sources)))
-            videos.append(reorder(train[game].batch(4 * step + order)[0], order, rng))
-            games += [game] * len(videos[-1])
-            orders += [order] * len(videos[-1])
+        for game, clips in enumerate(train):  # every game in every order, or the one would betray the other
+            for order, pair in enumerate(clips.batch(step)[0].split(2)):
+                videos.append(reorder(pair, order, rng))
+                games += [game] * 2
+                orders += [order] * 2
         features = network(torch.cat(videos).movedim(-1, 2).float() / 127.5 - 1)
         guesses = [head(features) for head in heads]
         loss = sum(F.cross_entropy(guess, torch.tensor(truth)) for guess, truth in zip(guesses, (games, orders)))

@@ -78,8 +78,8 @@ def check_fit(tokenizer: dict, lam: dict | None, dynamics: dict | None = None):
         return
     sizes = dynamics["model_args"]
     H, W = ours["frame_size"]
-    n_patches = (H // ours["patch_size"]) * (W // ours["patch_size"])
-    pairs = [("patches per frame", n_patches, sizes["n_patches"]), ("codebook levels", ours["levels"], sizes["levels"])]
+    grid = [H // ours["patch_size"], W // ours["patch_size"]]
+    pairs = [("patches per frame", grid, sizes.get("grid")), ("codebook levels", ours["levels"], sizes["levels"])]
     if lam:
         pairs.append(("n_actions", theirs["n_actions"], sizes["n_actions"]))
     for stage, checkpoint in (("tokenizer", tokenizer), ("lam", lam)):

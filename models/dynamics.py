@@ -11,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from models.fsq import FiniteScalarQuantizer
@@ -18,23 +19,26 @@ from models.st_transformer import SpatioTemporalPositionalEncoding, SpatioTempor
 
 
 class DynamicsModel(nn.Module):
-    """tokens (B, T, N) in [0, codebook_size) and actions (B, T-1) in [0, n_actions) → (loss, logs).
+    """tokens (B, T, N) in [0, codebook_size) and actions (B, T-1) in [0, n_actions) → (loss, logs); N = grid rows × columns.
+
+    A token enters as its FSQ code together with the codes around it (`token_kernel`): where the camera moves, what comes
+    next at a place stands beside it now, and attention over the frames of one place would not find it.
 
     objective "ce" is the model above. "mse" is the article's first trainer (seed 002): the action's latent is added to
     the frame's latents, and the next frame's latents are regressed; no masks, no sampling, blurred where unsure.
     """
 
     def __init__(
-        self, n_patches, levels, n_actions, embed_dim, hidden_dim, n_heads, n_blocks, context_length,
-        objective="ce", clean_context=True, adaln=True,
+        self, grid, levels, n_actions, embed_dim, hidden_dim, n_heads, n_blocks, context_length,
+        objective="ce", clean_context=True, adaln=True, token_kernel=3,
     ):  # fmt: skip
         super().__init__()
-        self.objective, self.clean_context = objective, clean_context
+        self.grid, self.objective, self.clean_context = grid, objective, clean_context
         self.adaln = adaln and objective == "ce"
         self.quantizer = FiniteScalarQuantizer(levels)
         self.mask_index, self.null_action = self.quantizer.codebook_size, n_actions
-        self.positions = SpatioTemporalPositionalEncoding(n_patches, embed_dim)
-        self.embed_code = nn.Linear(len(levels), embed_dim)
+        self.positions = SpatioTemporalPositionalEncoding(grid[0] * grid[1], embed_dim)
+        self.embed_codes = nn.Conv2d(len(levels), embed_dim, token_kernel, padding="same")
         self.mask_token = nn.Parameter(0.02 * torch.randn(embed_dim))
         self.embed_action = nn.Embedding(n_actions + 1, embed_dim)
         if objective == "ce":
@@ -46,8 +50,11 @@ class DynamicsModel(nn.Module):
 
     def embed(self, tokens, actions):
         """tokens (B, T, N), mask_index where masked, and the action of each frame (B, T) → (B, T, N, E) and its condition."""
-        x = self.embed_code(self.quantizer.indices_to_codes(tokens))
-        x = torch.where((tokens == self.mask_index).unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        masked = (tokens == self.mask_index).unsqueeze(-1)  # (B, T, N, 1)
+        codes = self.quantizer.indices_to_codes(tokens).masked_fill(masked, 0.0)  # (B, T, N, D)
+        codes = rearrange(codes, "b t (h w) d -> (b t) d h w", h=self.grid[0])
+        x = rearrange(self.embed_codes(codes), "(b t) e h w -> b t (h w) e", b=len(tokens))
+        x = x + masked * self.mask_token
         x, cond = self.positions(x), self.embed_action(actions)  # (B, T, N, E), (B, T, E)
         return (x, cond) if self.adaln else (x + cond.unsqueeze(2), None)
 

@@ -20,7 +20,7 @@ def saved(stage, seed=0, **changes):
     sizes = {
         "tokenizer": dict(levels=[4, 4], **FRAMES),
         "lam": dict(n_actions=4, **FRAMES),
-        "dynamics": dict(n_patches=4, levels=[4, 4], n_actions=4),
+        "dynamics": dict(grid=[2, 2], levels=[4, 4], n_actions=4),
     }[stage]
     model_args = {**SIZES, **sizes, **changes}
     model = randomise(files.MODELS[stage](**model_args), seed)
@@ -81,7 +81,7 @@ def test_checkpoints_that_do_not_belong_together():
     for bad, message in {
         "tokenizer/frame_size": ([24, 16], r"\[24, 16\].*\[16, 16\]"),
         "lam/n_actions": (8, "n_actions 4, but finds 8"),
-        "dynamics/n_patches": (6, "patches per frame 6, but finds 4"),
+        "dynamics/grid": ([2, 3], r"patches per frame \[2, 3\], but finds \[2, 2\]"),
         "dynamics/levels": ([8, 5], r"levels \[8, 5\], but finds \[4, 4\]"),
     }.items():
         stage, name = bad.split("/")

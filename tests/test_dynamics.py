@@ -11,7 +11,7 @@ from models.dynamics import DynamicsModel, maskgit_decode
 
 
 def dynamics(**changes):
-    return randomise(DynamicsModel(**{**dict(n_patches=5, levels=[4, 4], n_actions=4), **SIZES, **changes}))
+    return randomise(DynamicsModel(**{**dict(grid=[1, 5], levels=[4, 4], n_actions=4), **SIZES, **changes}))
 
 
 def clip(T=7):

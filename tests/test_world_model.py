@@ -13,7 +13,7 @@ def small_world(objective="ce", **settings):
     frames = dict(frame_size=[16, 16], patch_size=8)
     tokenizer = randomise(VideoTokenizer(levels=[4, 4], **frames, **SIZES), 1)
     lam = randomise(LatentActionModel(n_actions=4, **frames, **SIZES), 2)
-    dynamics = randomise(DynamicsModel(n_patches=4, levels=[4, 4], n_actions=4, objective=objective, **SIZES), 3)
+    dynamics = randomise(DynamicsModel(grid=[2, 2], levels=[4, 4], n_actions=4, objective=objective, **SIZES), 3)
     return WorldModel(tokenizer, lam, dynamics, **{"steps": 3, "temperature": 0.0, **settings})
 
 

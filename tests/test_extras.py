@@ -1,0 +1,86 @@
+"""The two scripts behind the README's table and the shipped worlds, in miniature."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config import UserError
+from data_utils import DatasetWriter, dummy_world
+from models.checkpoint import load_checkpoint
+from models.world_model import WorldModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
+import ablate  # noqa: E402
+import ship  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "dummy.h5"
+    names = ["stay", "left", "right", "up", "down"]
+    with DatasetWriter(path, (64, 64), with_actions=True, fps=15.0, action_names=names) as writer:
+        writer.append(*dummy_world(1000))
+    return str(path)
+
+
+def test_every_kind_of_row_trains_and_lands_in_the_table(world_dir, recording, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "LAM_ROWS", {"token target": ([], ablate.TokenTarget), "warm-up": ([], ablate.WarmUp)})
+    rows = {"muon": ([], ablate.MuonAndAdamW), "masked": (["--context", "masked"], None), "true": (["--actions", "true"], None)}
+    monkeypatch.setattr(ablate, "DYNAMICS_ROWS", rows)
+    out = tmp_path / "ablation.json"
+    options = ["--world", world_dir, "--data-path", recording, "--test", recording, "--json", str(out), "--preset", "tiny",
+               "--lam-updates", "2", "--dynamics-updates", "2", "--seeds", "1"]  # fmt: skip
+    ablate.main(options)
+    results = json.loads(out.read_text())
+    assert set(results) == {"lam/token target/0", "lam/warm-up/0", "dynamics/muon/0", "dynamics/masked/0", "dynamics/true/0"}
+    assert all(np.isfinite(value) for result in results.values() for value in result.values())
+    monkeypatch.setattr(ablate, "train_row", None)
+    ablate.main(options)  # nothing is trained twice
+
+
+def test_the_table_shows_mean_and_spread():
+    results = {f"lam/a/{seed}": {"x": value} for seed, value in enumerate((1.0, 2.0, 3.0))}
+    assert ablate.table(results, "lam", ["a"], {"x": lambda r: r["x"]}).endswith("| a | 2.00 ± 1.00 |")
+
+
+def test_warm_up_rounds_in_the_second_half():
+    model = ablate.WarmUp(frame_size=[16, 16], patch_size=8, embed_dim=32, hidden_dim=64, n_heads=2, n_blocks=1, context_length=4).train()
+    model.n_updates, seen = 4, []
+    for _ in range(4):
+        model(torch.rand(1, 4, 3, 16, 16))
+        seen.append(model.soft_rate)
+    assert seen == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    parameters = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((128, 512), (128, 128), (9, 128), (1024, 128), (128,))]
+    optimizer = ablate.MuonAndAdamW(parameters, lr=1e-3)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 3]
+    before = [p.detach().clone() for p in parameters]
+    sum((p**2).sum() for p in parameters).backward()
+    optimizer.step()
+    assert all((p != b).any() for p, b in zip(parameters, before))
+
+
+def test_a_shipped_world_is_smaller_and_plays_alike(world_dir, recording, tmp_path):
+    source, out = Path(world_dir), tmp_path / "shipped"
+    with pytest.raises(UserError, match="made by speedrun.py"):
+        ship.main(["--checkpoint", world_dir, "--test", recording, "--out", str(out)])
+    (source / "report").mkdir()
+    made = {"world": "pong", "command": "python speedrun.py pong", "commit": "0123456789", "device": "2 CPU cores", "minutes/total": 13.0}
+    (source / "report" / "report.json").write_text(json.dumps(made))
+    ship.main(["--checkpoint", world_dir, "--test", recording, "--out", str(out)])
+    assert "optimizer" not in load_checkpoint(out / "dynamics.pt", "dynamics")
+    sizes = [sum((folder / f"{stage}.pt").stat().st_size for stage in ("tokenizer", "lam", "dynamics")) for folder in (source, out)]
+    assert sizes[1] < 0.3 * sizes[0]
+    worlds = [WorldModel.load(folder, temperature=0) for folder in (source, out)]
+    assert worlds[1].action_names == worlds[0].action_names and worlds[1].action_table
+    for world in worlds:
+        world.reset(worlds[0].start_frames[0].numpy())
+    difference = np.abs(worlds[0].step(1).astype(int) - worlds[1].step(1))
+    assert difference.mean() < 3
+    card = (out / "card.md").read_text()
+    assert "python speedrun.py pong" in card and "01234567" in card and "| dynamics/delta_psnr_t4 |" in card
