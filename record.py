@@ -60,9 +60,10 @@ class Atari:
 
 
 class Crafter:
-    """A small Minecraft; with a view of 8×8 tiles at 64×64 each tile is one patch of 8 pixels.
+    """A small Minecraft, always day; the player is never hungry, thirsty or tired, or a random one would soon starve.
 
-    Always day, and never hungry, thirsty or tired: a random player would soon starve, or walk in the dark.
+    The usual view of 9×9 tiles makes tiles of 7 pixels. With 8×8 each tile would be one patch: easy to learn, but then
+    some hundred tokens are all that ever occur.
     """
 
     def __init__(self, seed):
@@ -72,7 +73,7 @@ class Crafter:
         # another game each time. Numbered objects bring the sets into a fixed order.
         numbers = itertools.count()
         crafter.objects.Object.__hash__ = lambda thing: vars(thing).setdefault("number", next(numbers))
-        self.env = crafter.Env(area=(64, 64), view=(8, 8), size=(SIZE, SIZE), seed=seed)
+        self.env = crafter.Env(size=(SIZE, SIZE), seed=seed)
         self.env._update_time = lambda: setattr(self.env._world, "daylight", 1.0)
         self.env._sem_view = lambda: None  # costs time and goes unused
         self.picture = self.env.reset()

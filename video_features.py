@@ -30,14 +30,15 @@ class VideoFeatures(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv3d(3, 24, 3, stride=(1, 2, 2)), nn.GELU(),
+            nn.Conv3d(6, 24, 3, stride=(1, 2, 2)), nn.GELU(),
             nn.Conv3d(24, 48, 3, stride=2), nn.GELU(),
             nn.Conv3d(48, 64, 3, stride=2), nn.GELU(),
             nn.Conv3d(64, 32, (1, 3, 3)), nn.GELU(),
         )  # fmt: skip
 
     def forward(self, videos):
-        return self.layers(videos.transpose(1, 2)).mean(dim=(2, 3, 4))
+        pairs = torch.cat([videos[:, :-1], videos[:, 1:] - videos[:, :-1]], dim=2)  # (n, T-1, 6, H, W): pictures and changes
+        return self.layers(pairs.transpose(1, 2)).mean(dim=(2, 3, 4))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from models.patch_embed import PatchEmbedding, PatchUnembedding
 from models.st_transformer import SpatioTemporalPositionalEncoding, SpatioTemporalTransformer
 
 
-MOVES = (-11, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 11)  # pixels
+MOVES = range(-8, 9)  # pixels per frame that a decoder can move a patch, across and down
 
 
 class LatentActionsEncoder(nn.Module):
