@@ -12,6 +12,7 @@ import torch
 
 import metrics
 from data_utils import to_float
+from models.checkpoint import build_model, fingerprint, load_checkpoint
 from pictures import labelled_grid, save_png
 
 ARROWS = {"left": "←", "right": "→", "up": "↑", "down": "↓", "forward": "↑", "back": "↓"}
@@ -84,10 +85,13 @@ def describe_actions(lam, frames, device):
     return rows, labelled_grid(np.stack(columns, axis=1), [str(row["action"]) for row in rows])
 
 
-def write_action_table(out, lam, frames, device, lam_fingerprint):
-    """Write OUT/actions.json, which names the LAM it describes, and OUT/lam/actions.png; → the rows."""
-    rows, picture = describe_actions(lam, frames, device)
+def write_action_table(lam_path, frames, device):
+    """Write actions.json beside OUT/lam.pt, naming the LAM that it describes, and OUT/lam/actions.png; → the rows, printed."""
+    checkpoint, out = load_checkpoint(lam_path, "lam"), lam_path.parent
+    rows, picture = describe_actions(build_model(checkpoint).to(device), frames, device)
     save_png(picture, out / "lam" / "actions.png")
-    table = {"lam": lam_fingerprint, "picture": "lam/actions.png", "actions": rows}
+    table = {"lam": fingerprint(checkpoint), "picture": "lam/actions.png", "actions": rows}
     (out / "actions.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for row in rows:
+        print(f"action {row['action']}: {row['label']:20} {row['share']:4.0%} of transitions, {row['pixels']:.1f} pixels per frame")
     return rows

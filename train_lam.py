@@ -10,8 +10,6 @@ Out:  OUT/lam.pt; OUT/actions.json: what each action does to the picture, the le
 
 Watch error_over_copy (below 1: the actions explain something) and codes_used (n_actions: no collapse).
 """
-from pathlib import Path
-
 import torch
 from tqdm import tqdm
 
@@ -19,7 +17,6 @@ from action_table import write_action_table
 from config import LatentActionConfig, parse_config, print_user_errors
 from data_utils import open_footage, to_float, to_uint8
 from metrics import print_warnings
-from models.checkpoint import fingerprint, load_checkpoint
 from models.latent_action_model import LatentActionModel
 from pictures import grid, save_png
 from train_utils import Run, count_updates, open_clips, rate_at, set_up, validation_logs
@@ -94,14 +91,11 @@ def main(argv=None):
         if last:
             break
 
-    # --- finish: the action table
-    if done == n_updates:
-        with autocast():
-            rows = write_action_table(Path(cfg.out), model.eval(), val.spread(128)[0], device, fingerprint(load_checkpoint(run.path, "lam")))
-        for row in rows:
-            print(f"action {row['action']}: {row['label']:20} {row['share']:4.0%} of transitions, {row['pixels']:.1f} pixels per frame")
-        print_warnings({"lam/error_over_copy": run.lines[-1]["val_error_over_copy"], "lam/n_actions": cfg.n_actions,
-              "lam/actions_used": sum(row["share"] > 0 for row in rows), "lam/largest_share": max(row["share"] for row in rows)})  # fmt: skip
+    # --- finish
+    with autocast():
+        rows = write_action_table(run.path, val.spread(128)[0], device)
+    print_warnings({"lam/error_over_copy": run.lines[-1]["val_error_over_copy"], "lam/n_actions": cfg.n_actions,
+                    "lam/actions_used": sum(row["share"] > 0 for row in rows), "lam/largest_share": max(row["share"] for row in rows)})  # fmt: skip
     run.finish(done, n_updates, f"python train_dynamics.py {run.data_option} --out {cfg.out}")
 
 

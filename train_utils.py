@@ -69,13 +69,13 @@ def count_updates(cfg, train, trial):
         return math.ceil(cfg.num_epochs * train.n_frames / (cfg.batch_size * cfg.context_length))
     seconds = []
     with torch.random.fork_rng():  # the trial must not change what follows
-        for _ in range(12):
+        for _ in range(32):
             began = time.perf_counter()
             trial()
             if cfg.device != "cpu":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
-    typical = sorted(seconds[2:])[5]
+    typical = sorted(seconds[16:])[8]  # the first dozen can be twice as slow: memory is new
     return max(1, int(60 * cfg.minutes / (1.1 * typical)))  # a tenth for optimizer, validation and pictures
 
 
