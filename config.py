@@ -89,7 +89,7 @@ PRESETS = {
     ),
     "cpu": (  # two laptop cores, a quarter of an hour for the three stages
         dict(),
-        dict(tokenizer=dict(minutes=3.5), lam=dict(minutes=3.0), dynamics=dict(minutes=8.0)),
+        dict(tokenizer=dict(minutes=3.0), lam=dict(minutes=2.3), dynamics=dict(minutes=7.2)),
     ),
     "gpu": (  # one CUDA GPU
         dict(batch_size=64, context_length=16, embed_dim=256, hidden_dim=1024, n_heads=8, learning_rate=1e-3),
