@@ -101,11 +101,14 @@ LAM_ROWS = {  # name → flags, what replaces what
     "no normalisation before rounding (article)": (["--latent-norm", "none"], None),
     "mean-pooled frames instead of pairs (article)": (["--encoder", "frames"], None),
     "no entropy bonus (article)": (["--entropy-lambda", "0"], None),
+    "all of the article's choices together": ("--keep-rate 0 --encoder frames --decoder frame --latent-norm none --soft-rate 0 "
+                                              "--entropy-lambda 0".split(), None),  # fmt: skip
 }
 DYNAMICS_ROWS = {
     "as shipped": ([], None),
     "context masked (Genie, the article)": (["--context", "masked"], None),
     "action added to the tokens (Genie)": (["--conditioning", "add"], None),
+    "a token's embedding sees itself alone (Genie)": (["--token-kernel", "1"], None),
     "Muon for the blocks' matrices": ([], MuonAndAdamW),
     "no actions (dice instead): the floor": (["--actions", "random"], None),
     "true buttons: the skyline": (["--actions", "true"], None),

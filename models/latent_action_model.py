@@ -4,9 +4,10 @@ Genie (arXiv:2402.15391, §2.1). The encoder looks at frames t and t+1 and emits
 predict frame t+1 from the past and that code. Only what helps to predict the change survives the bottleneck. After
 training the decoder is dropped: the encoder labels the video, and a player's keys take its place.
 
-What keeps the codes alive, each measured on the dummy world:
+What keeps the codes alive and makes them mean the same everywhere (the README's table says what each is worth):
   * the encoder sees both frames of a pair in each patch (`pairs`); the article compares pooled frames instead
-  * the decoder predicts the change, starting from zero: at step 0 it already equals "copy the last frame"
+  * the decoder moves the patches of the last frame, then adds what is missing (`warp`). "A little to the left" then helps in
+    every picture, where "brighter on the right", the shortcut of a decoder that only adds, helps in one
   * the loss is counted in units of that copy's error, so the same weights serve a still game and a moving camera
   * pre-quantised actions are scaled to unit RMS, which keeps tanh out of saturation
   * in training half of the action bits pass unrounded, so that gradients know which way a code should move
@@ -53,6 +54,8 @@ class LatentActionsEncoder(nn.Module):
 class LatentActionsDecoder(nn.Module):
     """frames 0 … T-2 (B, T-1, 3, H, W) and actions (B, T-1, A) → prediction of frames 1 … T-1 (B, T-1, 3, H, W).
 
+    kind "warp" moves the pixels of the last frame as a mixture of shifts per patch (after CDNA and DNA, arXiv:1605.07157,
+    §3) and adds a correction; "change" only adds; "frame" draws the next frame anew, as the article does.
     The transformer sees each patch with probability keep_rate, and the first frame always; the rest are mask tokens.
     0 is the article's choice: first frame and actions only. 1 is Genie's: the whole history.
     """
