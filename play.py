@@ -6,7 +6,8 @@
     python play.py --checkpoint checkpoints/pong --frame picture.png              begin from a picture
 
 Keys: digits, then letters, choose a latent action, held until the next; the arrows stand for the actions that move the view or
-a thing that way (actions.json), else for the first four; R restarts from another first frame, Q quits. First frames come from --data-path, from --frame, or else travelled with the world.
+a thing that way (actions.json), else for the first four; R restarts from another first frame, Q quits. First frames come from
+--data-path, from --frame, or else travelled with the world.
 """
 import os
 import sys

@@ -158,6 +158,24 @@ def table(results, stage, rows, columns):
     return "\n".join(lines)
 
 
+def tables(results):
+    lam = {
+        "error, of copy-last's": lambda r: 10 ** ((r["copy_psnr"] - r["psnr"]) / 10),
+        "nmi with the buttons": lambda r: r["nmi"],
+        "largest share": lambda r: r["largest_share"],
+        "actions used": lambda r: r["actions_used"],
+        "minutes": lambda r: r["minutes"],
+    }
+    dynamics = {
+        "ΔPSNR@4 to random": lambda r: r["delta_psnr_t4"],
+        "to the most frequent": lambda r: r["delta_psnr_null_t4"],
+        "rollout − copy, t = 4": lambda r: r["rollout_psnr_t4"] - r["copy_psnr_t4"],
+        "masked cross-entropy": lambda r: r["masked_ce"],
+        "minutes": lambda r: r["minutes"],
+    }
+    return table(results, "lam", LAM_ROWS, lam) + "\n\n" + table(results, "dynamics", DYNAMICS_ROWS, dynamics)
+
+
 @torch.no_grad()
 def main(argv=None):
     parser = Parser(description=__doc__)
@@ -187,13 +205,7 @@ def main(argv=None):
                 with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
                     results[key] = train_row(stage, name, seed, args, clips, Path(folder))
                 path.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results, "lam", LAM_ROWS, {
-        "error / copy-last": lambda r: 10 ** ((r["copy_psnr"] - r["psnr"]) / 10), "nmi with buttons": lambda r: r["nmi"],
-        "largest share": lambda r: r["largest_share"], "actions used": lambda r: r["actions_used"], "minutes": lambda r: r["minutes"]}))  # fmt: skip
-    print(table(results, "dynamics", DYNAMICS_ROWS, {
-        "ΔPSNR@4 to random": lambda r: r["delta_psnr_t4"], "to most frequent": lambda r: r["delta_psnr_null_t4"],
-        "rollout − copy, t=4": lambda r: r["rollout_psnr_t4"] - r["copy_psnr_t4"],
-        "masked cross-entropy": lambda r: r["masked_ce"], "minutes": lambda r: r["minutes"]}))  # fmt: skip
+    print(tables(results))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from models.fsq import FiniteScalarQuantizer
 from models.patch_embed import PatchEmbedding, PatchUnembedding
 from models.st_transformer import SpatioTemporalPositionalEncoding, SpatioTemporalTransformer
 
-
 MOVES = range(-8, 9)  # pixels per frame that a decoder can move a patch, across and down
 
 
@@ -98,7 +97,7 @@ class LatentActionsDecoder(nn.Module):
 
     def warp(self, frames, moves):
         """Move each patch's content by a mixture of MOVES, across and then down; moves (B, T-1, N, 2·len(MOVES)) are logits."""
-        P, (H, W) = self.patch_size, frames.shape[-2:]
+        P, H = self.patch_size, frames.shape[-2]
         weights = moves.unflatten(-1, (2, -1)).softmax(dim=-1)  # (B, T-1, N, 2, len(MOVES))
         weights = rearrange(weights, "b t (h w) two m -> two m b t 1 h w", h=H // P)
         weights = weights.repeat_interleave(P, dim=-2).repeat_interleave(P, dim=-1)  # (2, len(MOVES), B, T-1, 1, H, W)

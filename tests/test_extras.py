@@ -28,14 +28,14 @@ def recording(tmp_path_factory):
 
 def test_every_kind_of_row_trains_and_lands_in_the_table(world_dir, recording, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "LAM_ROWS", {"token target": ([], ablate.TokenTarget), "warm-up": ([], ablate.WarmUp)})
-    rows = {"muon": ([], ablate.MuonAndAdamW), "masked": (["--context", "masked"], None), "true": (["--actions", "true"], None)}
+    rows = {"muon": ([], ablate.MuonAndAdamW), "dice": (["--actions", "random"], None), "masked": (["--context", "masked"], None), "true": (["--actions", "true"], None)}
     monkeypatch.setattr(ablate, "DYNAMICS_ROWS", rows)
     out = tmp_path / "ablation.json"
     options = ["--world", world_dir, "--data-path", recording, "--test", recording, "--json", str(out), "--preset", "tiny",
                "--lam-updates", "2", "--dynamics-updates", "2", "--seeds", "1"]  # fmt: skip
     ablate.main(options)
     results = json.loads(out.read_text())
-    assert set(results) == {"lam/token target/0", "lam/warm-up/0", "dynamics/muon/0", "dynamics/masked/0", "dynamics/true/0"}
+    assert set(results) == {"lam/token target/0", "lam/warm-up/0", "dynamics/muon/0", "dynamics/dice/0", "dynamics/masked/0", "dynamics/true/0"}
     assert all(np.isfinite(value) for result in results.values() for value in result.values())
     monkeypatch.setattr(ablate, "train_row", None)
     ablate.main(options)  # nothing is trained twice

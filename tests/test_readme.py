@@ -1,29 +1,51 @@
 """The README's numbers are those of the result files, and its commands exist."""
 import json
 import re
+import sys
 from pathlib import Path
 
 import config
 import train_dynamics
 import train_lam
 import train_tokenizer
+from models.world_model import WorldModel
 from record import GAMES
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "extras"))
+import ablate  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_table_holds_the_speedrun_s_numbers():
-    numbers = json.loads((ROOT / "results" / "pong.json").read_text())
-    rows = re.findall(r"^\| .+? \| `([\w/]+)` \| ([-\d.]+)(?: | \w)", README, re.M)
+def test_the_table_holds_the_numbers_of_the_result_files():
+    (worlds,) = re.findall(r"^\| what \| in the report \| (.+) \|$", README, re.M)
+    numbers = [json.loads((ROOT / "results" / f"{world}.json").read_text()) for world in worlds.split(" | ")]
+    rows = re.findall(r"^\| .+? \| `([\w/]+)` \| (.+) \|$", README, re.M)
     assert len(rows) >= 15
-    for name, shown in rows:
-        decimals = len(shown.partition(".")[2])
-        assert f"{numbers[name]:.{decimals}f}" == shown, name
-    fresh = json.loads((ROOT / "results" / "pong_fresh.json").read_text())
-    for name in ("rollout_psnr_t4", "copy_psnr_t4", "delta_psnr_t4", "delta_psnr_null_t4"):
-        assert f"{fresh['dynamics/' + name]:.1f} dB" in README, name
-    assert f"{numbers['minutes/total']:.0f} minutes" in README and numbers["device"] in README
+    for name, cells in rows:
+        for report, shown in zip(numbers, cells.split(" | "), strict=True):
+            decimals = len(shown.partition(".")[2])
+            assert f"{report[name]:.{decimals}f}" == shown, (name, report["world"])
+    assert f"{numbers[0]['minutes/total']:.0f} minutes" in README
+    assert all(report["device"].startswith("2 CPU cores") for report in numbers)
+
+
+def test_the_ablation_tables_are_those_of_the_result_file():
+    tables = ablate.tables(json.loads((ROOT / "results" / "ablation.json").read_text()))
+    assert tables.split("\n\n")[0] in README and tables.split("\n\n")[1] in README
+
+
+def test_the_shipped_worlds_have_cards_and_fit():
+    folders = sorted((ROOT / "checkpoints" / "shipped").iterdir())
+    assert ROOT / "checkpoints" / "shipped" / "doom-maze" in folders
+    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 20 * 2**20
+    for folder in folders:
+        card = (folder / "card.md").read_text()
+        report = json.loads((folder / "report.json").read_text())
+        assert f"| dynamics/delta_psnr_t4 | {report['dynamics/delta_psnr_t4']:.3g} |" in card
+        world = WorldModel.load(folder)
+        assert all(f"| {row['action']} | {row['label']} |" in card for row in world.action_table) and world.action_table
 
 
 def test_files_and_options_in_the_readme_exist():
@@ -31,7 +53,7 @@ def test_files_and_options_in_the_readme_exist():
         assert (ROOT / (name[0] or name[1])).exists(), name
     options = {"--" + name.replace("_", "-") for kind in (config.TokenizerConfig, config.LatentActionConfig, config.DynamicsConfig)
                for name in kind.__dataclass_fields__}  # fmt: skip
-    elsewhere = {"--checkpoint", "--actions", "--save", "--save-images", "--frames", "--help"}
+    elsewhere = {"--checkpoint", "--actions", "--save", "--fvd-features", "--save-images", "--frames", "--help"}
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= options | elsewhere
     assert all(game in README for game in GAMES)
     assert all("python train_" in module.__doc__ for module in (train_tokenizer, train_lam, train_dynamics))
