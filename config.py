@@ -58,7 +58,7 @@ class LatentActionConfig(Config):
     patch_size: int = 8  # pixels per side of a patch
     n_actions: int = 8  # how many latent actions; a power of two
     keep_rate: float = 1.0  # share of the history that the decoder sees (1: Genie; 0: the article, first frame only)
-    encoder: str = "pairs"  # pairs: both frames in one patch; frames: pooled frames compared (the article)
+    encoder: str = "matches"  # matches: pairs, and how they match when moved; pairs: both frames in a patch; frames: pooled (the article)
     decoder: str = "warp"  # warp: moves the last frame's patches, then adds; change: only adds; frame: draws it anew (the article)
     latent_norm: str = "rms"  # of actions before quantisation: rms, or none (the article)
     soft_rate: float = 0.5  # share of action bits that pass unrounded in training (0: the article)
@@ -99,7 +99,7 @@ PRESETS = {
 CHOICES = {
     "data_type": ("auto", "folder", "video", "h5", "dummy"),
     "dtype": ("auto", "float32", "bfloat16"),
-    "encoder": ("pairs", "frames"),
+    "encoder": ("matches", "pairs", "frames"),
     "decoder": ("warp", "change", "frame"),
     "latent_norm": ("rms", "none"),
     "objective": ("ce", "mse"),

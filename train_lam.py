@@ -38,7 +38,7 @@ def main(argv=None):
     model_args = dict(
         frame_size=train.frame_size, patch_size=cfg.patch_size, embed_dim=cfg.embed_dim, hidden_dim=cfg.hidden_dim,
         n_heads=cfg.n_heads, n_blocks=cfg.n_blocks, context_length=cfg.context_length, n_actions=cfg.n_actions,
-        pairs=cfg.encoder == "pairs", decoder=cfg.decoder, keep_rate=cfg.keep_rate,
+        encoder=cfg.encoder, decoder=cfg.decoder, keep_rate=cfg.keep_rate,
         unit_rms=cfg.latent_norm == "rms", soft_rate=cfg.soft_rate, entropy_lambda=cfg.entropy_lambda,
         var_target=cfg.var_target, var_lambda=cfg.var_lambda,
     )  # fmt: skip

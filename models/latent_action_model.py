@@ -28,26 +28,41 @@ MOVES = range(-8, 9)  # pixels per frame that a decoder can move a patch, across
 class LatentActionsEncoder(nn.Module):
     """frames (B, T, 3, H, W) → one vector per transition (B, T-1, out_dim). Causal: vector t has seen frames ≤ t+1."""
 
-    def __init__(self, frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length, out_dim, pairs=True):
+    def __init__(self, frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length, out_dim, kind="matches"):
         super().__init__()
         n_patches = (frame_size[0] // patch_size) * (frame_size[1] // patch_size)
-        self.pairs = pairs
-        self.embed = PatchEmbedding(patch_size, embed_dim, channels=6 if pairs else 3)
+        self.pairs, self.patch_size = kind != "frames", patch_size
+        self.embed = PatchEmbedding(patch_size, embed_dim, channels=6 if self.pairs else 3)
+        self.embed_matches = nn.Linear(2 * len(MOVES), embed_dim) if kind == "matches" else None
         self.positions = SpatioTemporalPositionalEncoding(n_patches, embed_dim)
-        window = context_length - 1 if pairs else context_length  # T frames make T-1 pairs
+        window = context_length - 1 if self.pairs else context_length  # T frames make T-1 pairs
         self.transformer = SpatioTemporalTransformer(embed_dim, hidden_dim, n_heads, n_blocks, window)
         self.action_head = nn.Linear(2 * embed_dim, out_dim)
 
     def forward(self, frames):
+        pairs = frames
         if self.pairs:  # the frame, and the change that follows it, in one patch
-            frames = torch.cat([frames[:, :-1], frames[:, 1:] - frames[:, :-1]], dim=2)  # (B, T-1, 6, H, W)
-        tokens = self.transformer(self.positions(self.embed(frames)))  # (B, T-1 or T, N, E)
+            pairs = torch.cat([frames[:, :-1], frames[:, 1:] - frames[:, :-1]], dim=2)  # (B, T-1, 6, H, W)
+        tokens = self.embed(pairs)
+        if self.embed_matches is not None:
+            tokens = tokens + self.embed_matches(self.mismatch(frames))
+        tokens = self.transformer(self.positions(tokens))  # (B, T-1 or T, N, E)
         if self.pairs:  # the mean hears a moving camera, the maximum a small sprite
             pooled = torch.cat([tokens.mean(dim=2), tokens.amax(dim=2)], dim=-1)  # (B, T-1, 2E)
         else:
             means = tokens.mean(dim=2)
             pooled = torch.cat([means[:, :-1], means[:, 1:]], dim=-1)  # (B, T-1, 2E)
         return self.action_head(pooled)  # (B, T-1, out_dim)
+
+    def mismatch(self, frames):
+        """How badly each patch of the next frame fits the last frame moved by each of MOVES, across and down, relative to
+        the mean over moves: (B, T-1, N, 2·len(MOVES)). The correlation layer of FlowNet (arXiv:1504.06852, §3), coarser."""
+        gray = frames.mean(dim=2)  # (B, T, H, W)
+        moved = torch.stack([gray[:, :-1].roll(move, axis) for axis in (-1, -2) for move in MOVES], dim=2)
+        error = F.avg_pool2d(((moved - gray[:, 1:, None]) ** 2).flatten(0, 1), self.patch_size)  # (B(T-1), 2·len(MOVES), h, w)
+        mean = error.mean(dim=1, keepdim=True)
+        error = (error - mean) / (mean + 1e-4)  # a flat patch fits everywhere: 0
+        return rearrange(error, "(b t) m h w -> b t (h w) m", b=len(frames))
 
 
 class LatentActionsDecoder(nn.Module):
@@ -114,7 +129,7 @@ class LatentActionModel(nn.Module):
 
     def __init__(
         self, frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length,
-        n_actions=8, pairs=True, decoder="warp", keep_rate=1.0, unit_rms=True, soft_rate=0.5,
+        n_actions=8, encoder="matches", decoder="warp", keep_rate=1.0, unit_rms=True, soft_rate=0.5,
         entropy_lambda=0.25, var_target=0.2, var_lambda=1.0,
     ):  # fmt: skip
         super().__init__()
@@ -124,7 +139,7 @@ class LatentActionModel(nn.Module):
         sizes = (frame_size, patch_size, embed_dim, hidden_dim, n_heads, n_blocks, context_length)
         self.n_actions, self.unit_rms, self.soft_rate = n_actions, unit_rms, soft_rate
         self.entropy_lambda, self.var_target, self.var_lambda = entropy_lambda, var_target, var_lambda
-        self.encoder = LatentActionsEncoder(*sizes, action_dim, pairs)
+        self.encoder = LatentActionsEncoder(*sizes, action_dim, encoder)
         self.quantizer = FiniteScalarQuantizer([2] * action_dim)
         self.decoder = LatentActionsDecoder(*sizes, action_dim, keep_rate, decoder)
 
