@@ -24,7 +24,7 @@ from models.checkpoint import build_model, check_fit, fingerprint, load_checkpoi
 from models.dynamics import DynamicsModel
 from models.world_model import WorldModel
 from pictures import grid, save_png
-from train_utils import Run, count_updates, open_clips, rate_at, set_up, validation_logs
+from train_utils import Run, count_updates, make_optimizer, open_clips, rate_at, set_up, validation_logs
 
 
 def load_frozen(cfg, clips, device):
@@ -90,7 +90,7 @@ def main(argv=None):
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {sizes['n_actions']} {cfg.actions} actions")
 
     # --- optimizer and schedule
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = make_optimizer(model, cfg)
 
     def trial():
         with autocast():

@@ -19,7 +19,7 @@ from data_utils import open_footage, to_float, to_uint8
 from metrics import print_warnings
 from models.latent_action_model import LatentActionModel
 from pictures import grid, save_png
-from train_utils import Run, count_updates, open_clips, rate_at, set_up, validation_logs
+from train_utils import Run, count_updates, make_optimizer, open_clips, rate_at, set_up, validation_logs
 
 
 def main(argv=None):
@@ -47,7 +47,7 @@ def main(argv=None):
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.n_actions} latent actions")
 
     # --- optimizer and schedule
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = make_optimizer(model, cfg)
 
     def trial():
         with autocast():

@@ -79,6 +79,42 @@ def count_updates(cfg, train, trial):
     return max(1, int(60 * cfg.minutes / (1.1 * typical)))  # a tenth for optimizer, validation and pictures
 
 
+def make_optimizer(model, cfg):
+    """AdamW for everything (the article), or Muon for the matrices of the transformer blocks and AdamW for the rest."""
+    adamw = partial(torch.optim.AdamW, lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    if cfg.optimizer == "adamw":
+        return adamw(model.parameters())
+    matrices = {name: p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
+    # Muon steps along the nearest orthogonal matrix; match_rms_adamw scales it so that AdamW's learning rate fits (arXiv:2502.16982)
+    muon = torch.optim.Muon(matrices.values(), lr=cfg.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return Optimizers(muon, adamw(others))
+
+
+class Optimizers:
+    """Several optimizers behind the interface of one."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def state_dict(self):
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states):
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
 def rate_at(step, n_updates, cfg):
     """Learning rate: 50 steps of linear warm-up, then linear decay to a twentieth."""
     return cfg.learning_rate * min((step + 1) / 50, 1 - 0.95 * step / n_updates)

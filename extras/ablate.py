@@ -3,8 +3,8 @@
     python extras/ablate.py --world checkpoints/doom-maze --data-path data/doom-maze-40000.h5 --test data/doom-maze-24000-test.h5
     python extras/ablate.py ... --only lam            or dynamics
 
-Every row trains one stage anew, with the preset cpu but fewer updates, the same number for all rows, and everything else as
-in --world; seeds 0, 1, 2. Rows are flags of the training scripts; the three that are not are classes below. Each result is
+Every row trains one stage anew, with the preset cpu but fewer updates of 4 clips, the same number for all rows, and everything
+else as in --world; seeds 0, 1, 2. Rows are flags of the training scripts; the two that are not are classes below. Each result is
 written to --json at once, and what is there already is not trained again.
 """
 import json
@@ -26,7 +26,7 @@ import train_dynamics  # noqa: E402
 import train_lam  # noqa: E402
 import validate  # noqa: E402
 from config import Parser, UserError, print_user_errors  # noqa: E402
-from models.checkpoint import build_model, load_checkpoint  # noqa: E402
+from models.checkpoint import MODELS, build_model, load_checkpoint  # noqa: E402
 from models.latent_action_model import LatentActionModel  # noqa: E402
 
 
@@ -68,48 +68,28 @@ class TokenTarget(LatentActionModel):
         return self.tokenizer[0].decode(tokens)[:, 1:]
 
 
-class MuonAndAdamW:
-    """Muon for the matrices of the blocks, AdamW for embeddings, heads and vectors; one face for both."""
-
-    def __init__(self, parameters, lr, embed_dim=128, **options):
-        parameters = list(parameters)
-        matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) >= embed_dim and max(p.shape) < 8 * embed_dim]
-        others = [p for p in parameters if not any(p is m for m in matrices)]
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        self.both = [muon, ADAMW(others, lr=lr, **options)]
-        self.param_groups = [group for optimizer in self.both for group in optimizer.param_groups]
-
-    def step(self):
-        [optimizer.step() for optimizer in self.both]
-
-    def zero_grad(self):
-        [optimizer.zero_grad() for optimizer in self.both]
-
-    def state_dict(self):
-        return {}
-
-
-ADAMW = torch.optim.AdamW
 LAM_ROWS = {  # name → flags, what replaces what
     "as shipped": ([], None),
-    "decoder adds, cannot move patches": (["--decoder", "change"], None),
-    "decoder draws the frame anew (article)": (["--decoder", "frame"], None),
-    "history hidden from the decoder (article, --keep-rate 0)": (["--keep-rate", "0"], None),
-    "token target instead of pixels": ([], TokenTarget),
-    "rounded from the start (article, --soft-rate 0)": (["--soft-rate", "0"], None),
+    "encoder: both frames in a patch, not how they match": (["--encoder", "pairs"], None),
+    "encoder: mean-pooled frames compared (article)": (["--encoder", "frames"], None),
+    "decoder: adds, cannot move patches": (["--decoder", "change"], None),
+    "decoder: history hidden (article, keep-rate 0)": (["--keep-rate", "0"], None),
+    "target: tokens instead of pixels": ([], TokenTarget),
+    "rounded from the start (article)": (["--soft-rate", "0"], None),
     "continuous first half, then rounded": ([], WarmUp),
     "no normalisation before rounding (article)": (["--latent-norm", "none"], None),
-    "mean-pooled frames instead of pairs (article)": (["--encoder", "frames"], None),
     "no entropy bonus (article)": (["--entropy-lambda", "0"], None),
-    "all of the article's choices together": ("--keep-rate 0 --encoder frames --decoder frame --latent-norm none --soft-rate 0 "
-                                              "--entropy-lambda 0".split(), None),  # fmt: skip
+    "all of the article's choices together": (
+        "--encoder frames --decoder frame --keep-rate 0 --soft-rate 0 --latent-norm none --entropy-lambda 0".split(),
+        None,
+    ),
 }
 DYNAMICS_ROWS = {
     "as shipped": ([], None),
     "context masked (Genie, the article)": (["--context", "masked"], None),
     "action added to the tokens (Genie)": (["--conditioning", "add"], None),
     "a token's embedding sees itself alone (Genie)": (["--token-kernel", "1"], None),
-    "Muon for the blocks' matrices": ([], MuonAndAdamW),
+    "AdamW for all weights (article)": (["--optimizer", "adamw"], None),
     "no actions (dice instead): the floor": (["--actions", "random"], None),
     "true buttons: the skyline": (["--actions", "true"], None),
 }
@@ -121,27 +101,28 @@ def train_row(stage, name, seed, args, clips, out):
     """Train one row and measure it → flat dict of floats."""
     flags, other = (LAM_ROWS if stage == "lam" else DYNAMICS_ROWS)[name]
     n_updates = args.lam_updates if stage == "lam" else args.dynamics_updates
-    options = ["--data-path", args.data_path, "--out", str(out), "--preset", args.preset, "--n-updates", str(n_updates), "--seed", str(seed),
-               "--sample-every", "1000000", "--save-every", "1000000", *flags]  # fmt: skip
+    options = ["--data-path", args.data_path, "--out", str(out), "--preset", args.preset, "--batch-size", "4", "--seed", str(seed),
+               "--n-updates", str(n_updates), "--sample-every", "1000000", "--save-every", "1000000", *flags]  # fmt: skip
     began = time.perf_counter()
     if stage == "lam":
         kind = other or LatentActionModel
         WarmUp.n_updates = n_updates
         TokenTarget.tokenizer = [build_model(load_checkpoint(Path(args.world) / "tokenizer.pt", "tokenizer"))]
-        with mock.patch.object(train_lam, "LatentActionModel", kind):
-            train_lam.main(options)
-        minutes = (time.perf_counter() - began) / 60
-        saved = load_checkpoint(out / "lam.pt", "lam")
-        lam = kind(**saved["model_args"])
-        lam.load_state_dict(saved["model"])
-        values = validate.lam_metrics(lam.eval(), clips, "cpu")
+        with mock.patch.object(train_lam, "LatentActionModel", kind), mock.patch.dict(MODELS, lam=kind):
+            with torch.enable_grad():
+                train_lam.main(options)
+            minutes = (time.perf_counter() - began) / 60
+            lam = build_model(load_checkpoint(out / "lam.pt", "lam"))
+        with validate.autocast_on(torch.device("cpu"))():
+            values = validate.lam_metrics(lam, clips, "cpu")
         return {metric: float(values[metric]) for metric in LAM_METRICS} | {"minutes": minutes}
     for part in ["tokenizer.pt"] + ["lam.pt"] * ("true" not in flags):
         shutil.copy(Path(args.world) / part, out)
-    with mock.patch.object(torch.optim, "AdamW", other or ADAMW):
+    with torch.enable_grad():
         train_dynamics.main(options)
     minutes = (time.perf_counter() - began) / 60
-    values = validate.dynamics_metrics(validate.WorldModel.load(out), clips, "cpu", None)
+    with validate.autocast_on(torch.device("cpu"))():
+        values = validate.dynamics_metrics(validate.WorldModel.load(out), clips, "cpu", None)
     return {metric: float(values[metric]) for metric in DYNAMICS_METRICS} | {"minutes": minutes}
 
 
@@ -184,8 +165,8 @@ def main(argv=None):
     parser.add_argument("--test", required=True, help="footage to measure on")
     parser.add_argument("--json", default="results/ablation.json")
     parser.add_argument("--only", default="", choices=("", "lam", "dynamics"))
-    parser.add_argument("--lam-updates", type=int, default=300)
-    parser.add_argument("--dynamics-updates", type=int, default=300)
+    parser.add_argument("--lam-updates", type=int, default=250)
+    parser.add_argument("--dynamics-updates", type=int, default=250)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--preset", default="cpu")
     args = parser.parse_args(argv)
@@ -195,14 +176,14 @@ def main(argv=None):
     results = json.loads(path.read_text()) if path.exists() else {}
     footage = validate.open_footage(Namespace(data_path=args.test, data_type="auto", use_dummy_data=False, frame_size=64))
     for stage, rows, length in (("lam", LAM_ROWS, 8), ("dynamics", DYNAMICS_ROWS, validate.CONTEXT + 4)):
-        clips = validate.Clips(footage, "val", length, val_fraction=0.5).spread(128)
+        clips = validate.Clips(footage, "val", length, val_fraction=0.5).spread(96)
         for seed in range(args.seeds if args.only in ("", stage) else 0):
             for name in rows:
                 key = f"{stage}/{name}/{seed}"
                 if key in results:
                     continue
                 print(f"\n=== {key}", flush=True)
-                with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+                with tempfile.TemporaryDirectory() as folder:
                     results[key] = train_row(stage, name, seed, args, clips, Path(folder))
                 path.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results))

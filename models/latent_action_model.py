@@ -5,10 +5,12 @@ predict frame t+1 from the past and that code. Only what helps to predict the ch
 training the decoder is dropped: the encoder labels the video, and a player's keys take its place.
 
 What keeps the codes alive and makes them mean the same everywhere (the README's table says what each is worth):
-  * the encoder sees both frames of a pair in each patch (`pairs`); the article compares pooled frames instead
+  * the encoder sees both frames of a pair in each patch, and how well the patch matches the last frame moved a little to
+    each side (`matches`): which way a texture went is then plain to see, instead of a product it must learn to form. The
+    article compares pooled frames instead
   * the decoder moves the patches of the last frame, then adds what is missing (`warp`). "A little to the left" then helps in
     every picture, where "brighter on the right", the shortcut of a decoder that only adds, helps in one
-  * the loss is counted in units of that copy's error, so the same weights serve a still game and a moving camera
+  * the loss is counted in units of the error of copying the last frame, so the same weights serve a still game and a moving camera
   * pre-quantised actions are scaled to unit RMS, which keeps tanh out of saturation
   * in training half of the action bits pass unrounded, so that gradients know which way a code should move
   * a bonus on the entropy of the joint code spreads its use; the article's variance penalty stays as a safety net

@@ -28,14 +28,14 @@ def recording(tmp_path_factory):
 
 def test_every_kind_of_row_trains_and_lands_in_the_table(world_dir, recording, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "LAM_ROWS", {"token target": ([], ablate.TokenTarget), "warm-up": ([], ablate.WarmUp)})
-    rows = {"muon": ([], ablate.MuonAndAdamW), "dice": (["--actions", "random"], None), "masked": (["--context", "masked"], None), "true": (["--actions", "true"], None)}
+    rows = {"adamw": (["--optimizer", "adamw"], None), "dice": (["--actions", "random"], None), "masked": (["--context", "masked"], None), "true": (["--actions", "true"], None)}
     monkeypatch.setattr(ablate, "DYNAMICS_ROWS", rows)
     out = tmp_path / "ablation.json"
     options = ["--world", world_dir, "--data-path", recording, "--test", recording, "--json", str(out), "--preset", "tiny",
                "--lam-updates", "2", "--dynamics-updates", "2", "--seeds", "1"]  # fmt: skip
     ablate.main(options)
     results = json.loads(out.read_text())
-    assert set(results) == {"lam/token target/0", "lam/warm-up/0", "dynamics/muon/0", "dynamics/dice/0", "dynamics/masked/0", "dynamics/true/0"}
+    assert set(results) == {"lam/token target/0", "lam/warm-up/0", "dynamics/adamw/0", "dynamics/dice/0", "dynamics/masked/0", "dynamics/true/0"}
     assert all(np.isfinite(value) for result in results.values() for value in result.values())
     monkeypatch.setattr(ablate, "train_row", None)
     ablate.main(options)  # nothing is trained twice
@@ -53,16 +53,6 @@ def test_warm_up_rounds_in_the_second_half():
         model(torch.rand(1, 4, 3, 16, 16))
         seen.append(model.soft_rate)
     assert seen == [1.0, 1.0, 0.0, 0.0]
-
-
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
-    parameters = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((128, 512), (128, 128), (9, 128), (1024, 128), (128,))]
-    optimizer = ablate.MuonAndAdamW(parameters, lr=1e-3)
-    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 3]
-    before = [p.detach().clone() for p in parameters]
-    sum((p**2).sum() for p in parameters).backward()
-    optimizer.step()
-    assert all((p != b).any() for p, b in zip(parameters, before))
 
 
 def test_a_shipped_world_is_smaller_and_plays_alike(world_dir, recording, tmp_path):

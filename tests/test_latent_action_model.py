@@ -12,9 +12,9 @@ def lam(**changes):
     return randomise(LatentActionModel(**{**dict(frame_size=[16, 16], patch_size=8), **SIZES, **changes}))
 
 
-@pytest.mark.parametrize("pairs", [True, False])
-def test_actions_look_one_frame_ahead_and_no_further(pairs):
-    model, frames = lam(pairs=pairs), torch.rand(2, 6, 3, 16, 16) * 2 - 1
+@pytest.mark.parametrize("encoder", ["matches", "pairs", "frames"])
+def test_actions_look_one_frame_ahead_and_no_further(encoder):
+    model, frames = lam(encoder=encoder), torch.rand(2, 6, 3, 16, 16) * 2 - 1
     changed = frames.clone()
     changed[:, 4] = -changed[:, 4]
     before, after = model.latents(frames), model.latents(changed)
@@ -54,6 +54,17 @@ def test_collapse_costs():
     spread = model.collapse_penalty(0.9 * model.quantizer.indices_to_codes(torch.arange(32).view(8, 4) % 8))
     assert spread < one_bit_thrice < collapsed
     assert torch.allclose(spread, -0.5 * torch.tensor(8.0).log(), atol=1e-4)  # uniform over 8 codes, no variance missing
+
+
+def test_the_encoder_sees_where_a_patch_came_from():
+    encoder, (world, _) = lam(frame_size=[64, 64]).encoder, dummy_world(2)
+    first = torch.from_numpy(world[:1]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    frames = torch.stack([first, first.roll(3, -1), first.roll(3, -1).roll(-5, -2)], dim=1)  # to the right, then up
+    mismatch = encoder.mismatch(frames)  # (1, 2, 64, 2·len(MOVES))
+    across, down = mismatch.mean(dim=2)[0].unflatten(-1, (2, -1)).unbind(1)  # (2, len(MOVES)) each
+    assert MOVES[across[0].argmin()] == 3 and MOVES[down[0].argmin()] == 0
+    assert MOVES[across[1].argmin()] == 0 and MOVES[down[1].argmin()] == -5
+    assert (encoder.mismatch(torch.ones(1, 2, 3, 64, 64)) == 0).all()  # a flat patch fits everywhere
 
 
 def test_the_decoder_can_move_a_patch():
