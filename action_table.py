@@ -17,6 +17,7 @@ from pictures import labelled_grid, save_png
 
 ARROWS = {"left": "←", "right": "→", "up": "↑", "down": "↓", "forward": "↑", "back": "↓"}
 MOVING, CAMERA, STEADY = 0.5, 0.25, 0.5  # pixels per frame; share of the picture; share of motion that is common to all
+LEAST = {"view": 0.5, "thing": 1.0}  # pixels per frame that deserve a direction
 
 
 def optical_flow(before, after):
@@ -48,7 +49,7 @@ def describe_motion(flows):
         steady = abs(mean) / max(float(np.abs(motion).mean()), 1e-6)
         if moves == "view" and motion is not zoom:  # the picture goes right when the camera turns left
             names = names[::-1]
-        if steady > STEADY and (moves == "view" or motion is not zoom):
+        if steady > STEADY and abs(mean) > LEAST[moves] and (moves == "view" or motion is not zoom):
             candidates[names[0] if mean > 0 else names[1]] = abs(mean)
     direction = max(candidates, key=candidates.get, default="")
     return {"moves": moves, "direction": direction, "pixels": round(candidates.get(direction, 0.0), 1)}

@@ -88,9 +88,9 @@ PRESETS = {
         dict(n_updates=150, batch_size=32, context_length=4, embed_dim=64, hidden_dim=128, n_blocks=1, sample_every=100),
         dict(tokenizer=dict(), lam=dict(), dynamics=dict(learning_rate=4e-3)),
     ),
-    "cpu": (  # two laptop cores, eight minutes for the three stages
+    "cpu": (  # two laptop cores, ten minutes for the three stages
         dict(),
-        dict(tokenizer=dict(minutes=2.0), lam=dict(minutes=1.2), dynamics=dict(minutes=4.8)),
+        dict(tokenizer=dict(minutes=2.7), lam=dict(minutes=1.2), dynamics=dict(minutes=6.2)),
     ),
     "gpu": (  # one CUDA GPU
         dict(batch_size=64, context_length=16, embed_dim=256, hidden_dim=1024, n_heads=8, learning_rate=1e-3),

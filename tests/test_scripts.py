@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SIZES
 
 import train_dynamics
 import train_lam
@@ -16,7 +17,8 @@ import train_tokenizer
 from config import PRESETS, LatentActionConfig, UserError, parse_config
 from data_utils import Clips, DatasetWriter, Footage, dummy_world, to_float
 from models.checkpoint import CheckpointError, build_model, load_checkpoint
-from train_utils import Run, count_updates
+from models.dynamics import DynamicsModel
+from train_utils import Run, count_updates, make_optimizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}
@@ -188,3 +190,14 @@ def test_tokenizer_and_lam_scripts_are_nearly_the_same_script():
 
     texts = [(ROOT / f"train_{stage}.py").read_text().splitlines() for stage in ("tokenizer", "lam")]
     assert sum(line[0] in "+-" for line in difflib.ndiff(*texts)) <= 60
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = DynamicsModel(grid=[2, 2], levels=[4, 4], n_actions=4, **SIZES)
+    muon, adamw = make_optimizer(model, Namespace(optimizer="muon", learning_rate=1e-3)).optimizers
+    per_block = 4 + 2 + 3  # qkv and out in space and time, the feed-forward, the AdaLN projections
+    assert isinstance(muon, torch.optim.Muon) and len(muon.param_groups[0]["params"]) == per_block * SIZES["n_blocks"]
+    rest = {id(p) for p in adamw.param_groups[0]["params"]}
+    assert id(model.head.weight) in rest and id(model.embed_action.weight) in rest
+    assert len(rest) + per_block * SIZES["n_blocks"] == len(list(model.parameters()))
+    assert isinstance(make_optimizer(model, Namespace(optimizer="adamw", learning_rate=1e-3)), torch.optim.AdamW)
