@@ -78,7 +78,7 @@ class DynamicsConfig(Config):
     context: str = "clean"  # earlier frames in training: clean, as at play; masked: like the frame itself (Genie)
     token_kernel: int = 3  # how many tokens across the embedding of a token sees; 1: itself alone (Genie)
     conditioning: str = "adaln"  # how the action enters: adaln, or add: added to every token (Genie)
-    steps: int = 4  # MaskGIT passes per frame at play
+    steps: int = 2  # MaskGIT passes per frame at play
     temperature: float = 0.2  # of sampling at play; 0 is greedy, 1 the model's own
 
 

@@ -24,10 +24,18 @@ A world learned from video alone: no button was seen in training. Play it: `pyth
 
 * **Data**: {n_train:,} frames of {game}, 64×64, {fps:g} frames per second, recorded by `record.py` (seed 0) with random buttons
   ({buttons}), each held for 1-8 frames. The numbers below were measured on `{test}`, which neither training nor any choice saw.
-* **Recipe**: preset {preset}; {updates}.
-* **Reproduce**: `{command}` (commit {commit}), {minutes:.1f} minutes on {device}; then
-  `{ship}` for these files (float16 weights, no optimizer: {megabytes:.1f} MB).
+* **Recipe**: preset {preset}, made by `{command}` at commit {commit} in {minutes:.1f} minutes on {device}. Files: float16 weights,
+  no optimizer, {megabytes:.1f} MB.
 * **Licences**: {licence}
+
+The same again, with the number of updates that the minutes came to (another processor may round differently):
+
+```
+git checkout {commit}
+python record.py {game} --frames {n_train} --out {data}
+{training}
+python extras/ship.py --checkpoint {source} --test {test}
+```
 
 | latent action | what it does | share |
 |---|---|---|
@@ -81,12 +89,14 @@ def main(argv=None):
     saved, rows = shrink(source, out)
     numbers = validate.main(["--checkpoint", str(out), "--data-path", args.test, "--val-fraction", "0.5", "--json", str(out / "report.json")])
     game, preset = GAMES[made["world"]], saved["dynamics"]["config"]["preset"]
+    data = f"data/{made['world']}-{FRAMES[preset][0]}.h5"
     (out / "card.md").write_text(CARD.format(
         name=source.name, out=out.as_posix(), game=made["world"], fps=game.fps, buttons=", ".join(game.actions),
         n_train=FRAMES[preset][0], test=args.test, preset=preset,
-        updates=", ".join(f"{stage} {checkpoint['n_updates']:,} updates" for stage, checkpoint in saved.items()),
-        command=made["command"], commit=made["commit"][:8], minutes=made["minutes/total"], device=made["device"],
-        ship=f"python extras/ship.py --checkpoint {source.as_posix()} --test {args.test}",
+        training="\n".join(
+            f"python train_{stage}.py --data-path {data} --out {source.as_posix()} --preset {preset} --n-updates {checkpoint['n_updates']}"
+            for stage, checkpoint in saved.items()),
+        data=data, source=source.as_posix(), command=made["command"], commit=made["commit"][:8], minutes=made["minutes/total"], device=made["device"],
         megabytes=sum(path.stat().st_size for path in out.glob("*.pt")) / 2**20, licence=LICENCES[game.package],
         actions="\n".join(f"| {row['action']} | {row['label']} | {row['share']:.0%} |" for row in rows),
         numbers="\n".join(f"| {name} | {numbers[name]:.3g} |" for name in SHOWN if name in numbers),

@@ -34,7 +34,7 @@ class WorldModel:
     action_table: the rows of actions.json, the legend of the latent actions, or [].
     """
 
-    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, action_table=(), fps=15.0, steps=4, temperature=0.2, seed=0):
+    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, action_table=(), fps=15.0, steps=2, temperature=0.2, seed=0):
         self.tokenizer, self.lam, self.dynamics = tokenizer, lam, dynamics
         self.start_frames, self.fps, self.steps, self.temperature = start_frames, fps, steps, temperature
         self.n_actions = dynamics.null_action
