@@ -111,10 +111,12 @@ class CoinRun:
 class Doom:
     """A VizDoom scenario on the free assets, without weapon, status bar and red flashes, 2 tics a frame.
 
-    At 4 tics a turn moves the picture by up to 15 of its 64 pixels a frame, and no latent action was found for it.
+    Turns are 5 degrees a frame, which moves the picture by 3 to 6 of its 64 pixels. Doom's own turning buttons start at 3.5 and
+    end at 7; with those and 4 tics a frame no latent action was found for turning.
+    presses: for each action the button that it presses and how hard, or None for nothing.
     """
 
-    def __init__(self, scenario, buttons, seed):
+    def __init__(self, scenario, presses, seed):
         import vizdoom
 
         self.game = vizdoom.DoomGame()
@@ -127,11 +129,12 @@ class Doom:
         self.game.set_render_weapon(False)
         self.game.set_render_crosshair(False)
         self.game.set_render_screen_flashes(False)
+        buttons = sorted({button for button, _ in filter(None, presses)})
         self.game.set_available_buttons([getattr(vizdoom.Button, name) for name in buttons])
         self.game.set_seed(seed)
         self.game.set_episode_timeout(300)  # tics, then another place: who walks at random ends up with his nose to a wall
         self.game.init()
-        self.presses = [[0] * len(buttons)] + np.eye(len(buttons), dtype=int).tolist()  # nothing, or one button
+        self.presses = [[press[1] if press and press[0] == button else 0.0 for button in buttons] for press in presses]
 
     def frame(self):
         return self.game.get_state().screen_buffer
@@ -158,6 +161,7 @@ FIELD = np.s_[34:194, :]  # Atari: below the score, above the border
 ATARI, GAMES_EXTRA = "pip install ale-py", "pip install crafter vizdoom"
 CRAFTER_ACTIONS = "noop left right up down".split()  # the first five of seventeen; the others rarely show
 COINRUN_ACTIONS = "left-down left left-up down noop up right-down right right-up".split()  # Procgen's first nine
+DOOM_TURNS = [("TURN_LEFT_RIGHT_DELTA", -2.5), ("TURN_LEFT_RIGHT_DELTA", 2.5)]  # degrees per tic, left and right
 GAMES = {
     "pong": Game("ale_py", ATARI, 15, ["noop", "up", "down"], lambda s, _: Atari("pong", [0, 3, 4], FIELD, s)),
     "breakout": Game("ale_py", ATARI, 15, ["noop", "fire", "right", "left"], lambda s, _: Atari("breakout", [0, 1, 3, 4], FIELD, s)),
@@ -165,9 +169,9 @@ GAMES = {
     "coinrun": Game("procgen", "pip install procgen-mirror 'numpy<2' in an environment of its own", 15, COINRUN_ACTIONS,
                     lambda s, seed: CoinRun(s, 10_000 * seed)),  # fmt: skip
     "doom-arena": Game("vizdoom", GAMES_EXTRA, 17.5, ["noop", "turn left", "turn right", "attack"],
-                       lambda s, _: Doom("defend_the_center", ["TURN_LEFT", "TURN_RIGHT", "ATTACK"], s)),  # fmt: skip
-    "doom-maze": Game("vizdoom", GAMES_EXTRA, 17.5, ["noop", "turn left", "turn right", "forward", "back"],
-                      lambda s, _: Doom("my_way_home", ["TURN_LEFT", "TURN_RIGHT", "MOVE_FORWARD", "MOVE_BACKWARD"], s)),  # fmt: skip
+                       lambda s, _: Doom("defend_the_center", [None, *DOOM_TURNS, ("ATTACK", 1)], s)),  # fmt: skip
+    "doom-maze": Game("vizdoom", GAMES_EXTRA, 17.5, ["noop", "turn left", "turn right", "forward"],
+                      lambda s, _: Doom("my_way_home", [None, *DOOM_TURNS, ("MOVE_FORWARD", 1)], s)),  # fmt: skip
 }
 
 

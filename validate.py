@@ -109,9 +109,11 @@ def classify_buttons(model_args, rest, frames, device, autocast, n_updates=400):
 def rollout(world, frames, actions, seed=0):
     """Play on from the first CONTEXT frames of each clip (B, T, H, W, 3) with actions (B, T-1) → uint8 (B, T-CONTEXT, H, W, 3)."""
     world.generator.manual_seed(seed)  # the same dice for every set of actions
-    world.reset(frames[:, :CONTEXT], actions[:, : CONTEXT - 1])
-    played = [world.step(actions[:, t - 1]) for t in tqdm(range(CONTEXT, frames.shape[1]), desc="rollout", leave=False)]
-    return torch.from_numpy(np.stack(played, axis=1))
+    played = []
+    for start, pressed in tqdm(list(zip(frames.split(16), actions.split(16))), desc="rollout", leave=False):
+        world.reset(start[:, :CONTEXT], pressed[:, : CONTEXT - 1])
+        played.append(np.stack([world.step(pressed[:, t - 1]) for t in range(CONTEXT, frames.shape[1])], axis=1))
+    return torch.from_numpy(np.concatenate(played))
 
 
 def dynamics_metrics(world, clips, device, folder, fvd_features=""):
@@ -196,7 +198,7 @@ def main(argv=None):
     parser.add_argument("--data-type", default="auto", choices=("auto", "folder", "video", "h5", "dummy"))
     parser.add_argument("--use-dummy-data", action="store_true")
     parser.add_argument("--val-fraction", type=float, default=0.1, help="share of the footage, at its end, to measure on [0.1]")
-    parser.add_argument("--clips", type=int, default=64, help="clips to measure on, spread over that part [64]")
+    parser.add_argument("--clips", type=int, default=128, help="clips to measure on, spread over that part [128]")
     parser.add_argument("--save-images", default="", metavar="DIR")
     parser.add_argument("--json", default="", metavar="FILE")
     parser.add_argument("--fvd-features", default="", metavar="FILE", help="TorchScript I3D for the published FVD [video_features.pt]")

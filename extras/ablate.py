@@ -89,7 +89,7 @@ DYNAMICS_ROWS = {
     "context masked (Genie, the article)": (["--context", "masked"], None),
     "action added to the tokens (Genie)": (["--conditioning", "add"], None),
     "a token's embedding sees itself alone (Genie)": (["--token-kernel", "1"], None),
-    "AdamW for all weights (article)": (["--optimizer", "adamw"], None),
+    "AdamW for all weights (article), at its own best rate, 0.002": ("--optimizer adamw --learning-rate 2e-3".split(), None),
     "no actions (dice instead): the floor": (["--actions", "random"], None),
     "true buttons: the skyline": (["--actions", "true"], None),
 }
