@@ -90,7 +90,7 @@ PRESETS = {
     ),
     "cpu": (  # two laptop cores, ten minutes for the three stages
         dict(),
-        dict(tokenizer=dict(minutes=3.0), lam=dict(minutes=1.2), dynamics=dict(minutes=6.2)),
+        dict(tokenizer=dict(minutes=2.8), lam=dict(minutes=2.4), dynamics=dict(minutes=5.4)),
     ),
     "gpu": (  # one CUDA GPU
         dict(batch_size=64, context_length=16, embed_dim=256, hidden_dim=1024, n_heads=8, learning_rate=1e-3),
