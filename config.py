@@ -58,7 +58,7 @@ class TokenizerConfig(Config):
 class LatentActionConfig(Config):
     patch_size: int = 8  # pixels per side of a patch
     n_actions: int = 8  # how many latent actions; a power of two
-    keep_rate: float = 1.0  # share of the history that the decoder sees (1: Genie; 0: the article, first frame only)
+    keep_rate: float = 1.0  # share of the history that the decoder's transformer sees (1: Genie; 0: first frame only, the article)
     encoder: str = "matches"  # matches: pairs, and how they match when moved; pairs: both frames in a patch; frames: pooled (the article)
     decoder: str = "warp"  # warp: moves the last frame's patches, then adds; change: only adds; frame: draws it anew (the article)
     latent_norm: str = "rms"  # of actions before quantisation: rms, or none (the article)

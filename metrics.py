@@ -97,6 +97,7 @@ WARNINGS = {  # metric → (is it bad?, given the whole report; what it means an
     "lam/largest_share": (lambda v, r: v > 0.8, "the actions have collapsed into one; try train_lam.py with a larger --entropy-lambda"),
     "lam/error_over_copy": (lambda v, r: v > 0.95, "the actions explain nothing of the change; train_lam.py needs more --minutes"),
     "dynamics/action_gain": (lambda v, r: v < 0.01, "the model ignores its actions; train_dynamics.py needs more --minutes, or the LAM does"),
+    "dynamics/delta_psnr_null_t4": (lambda v, r: v < 0.1, "the keys do what no key does; mend lam/* first, then give train_dynamics.py more --minutes"),
     "dynamics/delta_psnr_t4": (lambda v, r: v < 0.3, "the keys do nothing; mend lam/* first, then give train_dynamics.py more --minutes"),
 }  # fmt: skip
 

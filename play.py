@@ -114,13 +114,14 @@ def key_table(world):
 
 def draw(game, fps, table, held, scale):
     """The frame enlarged, and beside it the key table, the action held and the frame rate; BGR for OpenCV."""
-    picture = enlarge(game.frame, scale)
-    panel = np.full((picture.shape[0], 190, 3), 30, dtype=np.uint8)
-    lines = [f"{fps:.0f} frames/s", "", *table, "", "R restart", "Q quit"]
+    picture, font = enlarge(game.frame, scale), cv2.FONT_HERSHEY_SIMPLEX
+    lines = [plain(line) for line in (f"{fps:.0f} frames/s", "", *table, "", "R restart", "Q quit")]
     height = min(24, picture.shape[0] // (len(lines) + 1))
+    width = max(cv2.getTextSize(line, font, height / 44, 1)[0][0] for line in lines)
+    panel = np.full((picture.shape[0], width + 24, 3), 30, dtype=np.uint8)
     for i, line in enumerate(lines):
         color = (90, 220, 255) if i == held + 2 else (220, 220, 220)
-        cv2.putText(panel, plain(line), (12, height * (i + 1)), cv2.FONT_HERSHEY_SIMPLEX, height / 44, color, 1, cv2.LINE_AA)
+        cv2.putText(panel, line, (12, height * (i + 1)), font, height / 44, color, 1, cv2.LINE_AA)
     return cv2.cvtColor(np.concatenate([picture, panel], axis=1), cv2.COLOR_RGB2BGR)
 
 

@@ -138,8 +138,8 @@ def main(argv=None):
         if done % cfg.sample_every == 0 or last:
             with torch.no_grad(), autocast():
                 logs = validation_logs(network, val_batches)
-                others = validation_logs(network, [(tokens, actions.roll(1, 0)) for tokens, actions in val_batches])
-            action_gain = others["val_loss"] - logs["val_loss"]  # what it costs to be told another clip's actions
+                others = validation_logs(network, [(tokens, (actions + 1) % sizes["n_actions"]) for tokens, actions in val_batches])
+            action_gain = others["val_loss"] / logs["val_loss"] - 1  # what it costs to be told wrong actions
             run.log(done, **logs, val_action_gain=action_gain)
             world = WorldModel(tokenizer, lam, model.eval(), steps=cfg.steps, temperature=cfg.temperature)
             picture = rollout_picture(world, val.batch(0)[0][:4], val_batches[0][1][:4])

@@ -6,7 +6,7 @@ Out:  OUT/lam.pt; OUT/actions.json: what each action does to the picture, the le
 
     python train_lam.py --data-path data/pong.h5 --out checkpoints/pong
     python train_lam.py --data-path videos/ --out checkpoints/mine --n-actions 16
-    python train_lam.py --use-dummy-data --out checkpoints/dummy --preset tiny --keep-rate 0    # as in the article
+    python train_lam.py --use-dummy-data --out checkpoints/dummy --preset tiny --decoder frame --keep-rate 0    # the article's decoder
 
 Watch error_over_copy (below 1: the actions explain something) and codes_used (n_actions: no collapse).
 """
@@ -84,7 +84,7 @@ def main(argv=None):
             frames = val_batches[0][0][:8]
             with torch.no_grad(), torch.random.fork_rng(), autocast():
                 run.log(done, **validation_logs(network, val_batches))
-                predicted = model.predict(frames)
+                predicted = model.predict(frames, model.infer(frames))
             save_png(grid([to_uint8(f[:, -1]) for f in (frames[:, :-1], predicted, frames)]), run.folder / f"step_{done:06d}.png")
         if done % cfg.save_every == 0 or last:
             run.save(model, optimizer, done, n_updates, model_args=model_args)

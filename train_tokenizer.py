@@ -7,7 +7,7 @@ Out:  OUT/tokenizer.pt; in OUT/tokenizer/: metrics.jsonl, loss.png and pictures 
     python train_tokenizer.py --data-path videos/ --out checkpoints/mine --minutes 30
     python train_tokenizer.py --use-dummy-data --out checkpoints/dummy --preset tiny
 
-AdamW on the plain squared error; nothing else is needed, see models/video_tokenizer.py.
+The loss is the plain squared error; nothing else is needed, see models/video_tokenizer.py.
 """
 import torch
 from tqdm import tqdm

@@ -153,7 +153,8 @@ class Run:
         step = 0
         if self.cfg.resume:
             saved = load_checkpoint(self.path, self.stage)
-            for kind, now in same.items():
+            config = {name: value for name, value in vars(self.cfg).items() if name in ("optimizer", "actions")}
+            for kind, now in {**same, "config": config}.items():
                 for name, value in now.items():
                     was = saved[kind].get(name)
                     if was != value:

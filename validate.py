@@ -3,7 +3,7 @@
     python validate.py --checkpoint checkpoints/pong --data-path data/pong-test.h5 --val-fraction 0.5
     python validate.py --checkpoint checkpoints/pong/tokenizer.pt --data-path data/pong-test.h5 --save-images report
 
-Everything is measured on the last --val-fraction of the footage. Recorded buttons, where the footage has them, serve
+Everything is measured on the last --val-fraction of the footage, but for codebook use, which wants all of it. Recorded buttons, where the footage has them, serve
 as the yardstick for the latent actions: the ceiling is a classifier of the LAM encoder's size, trained on the buttons of the
 rest of the footage. PSNR in dB over pictures in [0, 1]; "_changing" counts only pixels that differ from the last known frame.
 """
@@ -17,16 +17,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import metrics
-from config import Parser, UserError, check_sampling, choose_device, make_folder, print_user_errors
+from config import LatentActionConfig, Parser, UserError, check_sampling, choose_device, make_folder, print_user_errors
 from data_utils import Clips, n_buttons, open_footage, to_float, to_uint8
 from models.checkpoint import MODELS, build_model, check_fit, load_checkpoint
 from models.latent_action_model import LatentActionsEncoder
 from models.world_model import WorldModel
 from pictures import enlarge, grid, labelled_grid, save_png, save_video
-from train_utils import autocast_on
-from video_features import i3d_features, smallnet_features
+from train_utils import autocast_on, make_optimizer, rate_at
+from video_features import i3d_features, load_i3d, smallnet_features
 
 CONTEXT, HORIZON = 4, 16  # frames that a rollout is given, and frames that it plays
+FVD_CLIPS = 64  # fewer would make the covariance a guess
 USAGE_FRAMES = 20_480  # at most; codebook use is counted over all of the footage
 
 
@@ -58,18 +59,22 @@ def tokenizer_metrics(tokenizer, clips, many, device, folder):
 
 def lam_metrics(lam, clips, device):
     frames, buttons = clips
-    codes, predicted = [], []
-    for batch in frames.split(16):
-        codes.append(lam.infer(to_float(batch, device)).cpu())
-        predicted.append(to_uint8(lam.predict(to_float(batch, device))))
-    codes, predicted, truth = torch.cat(codes), unit(torch.cat(predicted)), unit(frames[:, 1:])  # codes (B, T-1)
+    codes = torch.cat([lam.infer(to_float(batch, device)).cpu() for batch in frames.split(16)])  # (B, T-1)
+    truth = unit(frames[:, 1:])
+
+    def error_with(actions):  # of the next frame
+        pairs = zip(frames.split(16), actions.to(device).split(16))
+        predicted = torch.cat([to_uint8(lam.predict(to_float(batch, device), now)) for batch, now in pairs])
+        return ((unit(predicted) - truth) ** 2).mean()
+
     use = metrics.shares(codes, lam.n_actions)
     changes = (to_float(frames)[:, 1:] - to_float(frames)[:, :-1]).flatten(0, 1)  # (M, 3, H, W)
     changes = F.adaptive_avg_pool2d(changes, 16).flatten(1)
     clip_of = torch.arange(len(frames)).repeat_interleave(codes.shape[1])
     same, chance = metrics.consistency(changes, codes.flatten(), clip_of)
     result = {
-        "psnr": metrics.psnr(((predicted - truth) ** 2).mean()),
+        "psnr": metrics.psnr(error_with(codes)),
+        "psnr_shuffled": metrics.psnr(error_with(codes.roll(1, 0))),  # told another clip's codes
         "copy_psnr": metrics.psnr(((unit(frames[:, :-1]) - truth) ** 2).mean()),
         "n_actions": lam.n_actions,
         "actions_used": int((use > 0).sum()),
@@ -94,8 +99,11 @@ def classify_buttons(model_args, rest, frames, device, autocast, n_updates=400):
                                                  "context_length")}  # fmt: skip
     torch.manual_seed(0)
     encoder = LatentActionsEncoder(**sizes, out_dim=n_buttons(rest.footage)).to(device)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=True)
+    recipe = LatentActionConfig()  # as the LAM is trained
+    optimizer = make_optimizer(encoder, recipe)
     for step in tqdm(range(n_updates), desc="ceiling", unit="step", leave=False, mininterval=1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, n_updates, recipe)
         batch, buttons = rest.batch(step)
         with autocast():
             loss = F.cross_entropy(encoder(to_float(batch, device)).flatten(0, 1), buttons.flatten().to(device))
@@ -116,7 +124,7 @@ def rollout(world, frames, actions, seed=0):
     return torch.from_numpy(np.concatenate(played))
 
 
-def dynamics_metrics(world, clips, device, folder, fvd_features=""):
+def dynamics_metrics(world, clips, device, folder, i3d=None):
     frames, buttons = clips
     video = to_float(frames, device)
     tokens = torch.cat([world.tokenizer.encode(batch) for batch in video.split(16)])  # (B, T, N)
@@ -160,10 +168,10 @@ def dynamics_metrics(world, clips, device, folder, fvd_features=""):
             for name in others:
                 result[f"delta_psnr{name}_t4"] = whole["inferred"] - whole[name]
                 result[f"delta_psnr{name}_t4_changing"] = moving["inferred"] - moving[name]
-    if len(frames) >= 64 and len(truth[0]) >= HORIZON:  # fewer clips would make the covariance a guess
+    if len(frames) >= FVD_CLIPS and len(truth[0]) >= HORIZON:
         name, features = "smallnet", smallnet_features
-        if fvd_features:
-            name, features = "i3d", partial(i3d_features, fvd_features)
+        if i3d is not None:
+            name, features = "i3d", partial(i3d_features, i3d)
         real = features(frames[:, CONTEXT:])
         result[f"fvd_{name}"] = metrics.frechet_distance(features(played["inferred"]), real)
         still = frames[:, CONTEXT - 1 : CONTEXT].expand(-1, HORIZON, -1, -1, -1)
@@ -201,7 +209,7 @@ def main(argv=None):
     parser.add_argument("--clips", type=int, default=128, help="clips to measure on, spread over that part [128]")
     parser.add_argument("--save-images", default="", metavar="DIR")
     parser.add_argument("--json", default="", metavar="FILE")
-    parser.add_argument("--fvd-features", default="", metavar="FILE", help="TorchScript I3D for the published FVD [video_features.pt]")
+    parser.add_argument("--fvd-features", default="", metavar="FILE", help="TorchScript I3D, for the published FVD [a small network of our own]")
     parser.add_argument("--steps", type=int, help="MaskGIT passes per frame [as trained]")
     parser.add_argument("--temperature", type=float, help="of sampling; 0 is greedy [as trained]")
     parser.add_argument("--device", default="auto")
@@ -243,6 +251,11 @@ def main(argv=None):
         if world.lam is None and (footage.actions is None or footage.actions.max() >= world.n_actions):
             raise UserError(f"{path} was trained on true actions 0 … {world.n_actions - 1}; {footage.name} must have the same ones")
 
+    i3d = load_i3d(args.fvd_features) if args.fvd_features else None
+    if i3d is not None and (world is None or len(clips_for["dynamics"][0]) < FVD_CLIPS):
+        raise UserError(f"--fvd-features needs a dynamics model and {FVD_CLIPS} clips of {CONTEXT + HORIZON} frames; use more footage or --clips")
+    if Path(args.json).is_dir() and args.json:
+        raise UserError(f"--json {args.json} is a folder; give the name of a file")
     for place in [images] * bool(images) + [Path(args.json).parent] * bool(args.json):
         make_folder(place)
 
@@ -263,7 +276,7 @@ def main(argv=None):
         report |= {f"{stage}/{name}": value for name, value in values.items()}
     if world:
         with autocast():
-            values = dynamics_metrics(world, clips_for["dynamics"], device, images, args.fvd_features)
+            values = dynamics_metrics(world, clips_for["dynamics"], device, images, i3d)
         report |= {f"dynamics/{name}": value for name, value in values.items()}
 
     # --- report

@@ -42,6 +42,7 @@ class VideoFeatures(nn.Module):
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def smallnet_features(videos):
     """uint8 (n, T ≥ 16, H, W, 3) → (n, 32), on the CPU."""
     network = VideoFeatures()
@@ -49,19 +50,22 @@ def smallnet_features(videos):
     return torch.cat([network(v.movedim(-1, 2).float() / 127.5 - 1) for v in torch.as_tensor(videos).split(16)])
 
 
-@torch.no_grad()
-def i3d_features(path, videos):
-    """The same from a TorchScript I3D as FVD implementations share it: (n, 3, T, H, W) in 0-255, resized by itself → (n, 400).
-
-    Raises UserError if `path` is not such a file.
-    """
+def load_i3d(path):
+    """The TorchScript I3D that FVD implementations share. Raises UserError unless it turns 16 frames into features."""
     try:
         network = torch.jit.load(path, map_location="cpu").eval()
-        batches = [v.movedim(-1, 1).float() for v in torch.as_tensor(videos).split(4)]  # (n, 3, T, H, W)
-        features = torch.cat([network(v, rescale=True, resize=True, return_features=True) for v in batches])
+        i3d_features(network, torch.full((1, LENGTH, 64, 64, 3), 255, dtype=torch.uint8))
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"--fvd-features {path} is not a TorchScript I3D ({str(error).splitlines()[0]})") from None
-    return features.flatten(1)
+    return network
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+def i3d_features(network, videos):
+    """uint8 (n, T, H, W, 3) → (n, 400), on the CPU; the network takes (n, 3, T, H, W) in 0-255 and resizes by itself."""
+    batches = [v.movedim(-1, 1).float() for v in torch.as_tensor(videos).split(4)]  # (n, 3, T, H, W)
+    return torch.cat([network(v, rescale=True, resize=True, return_features=True) for v in batches]).flatten(1)
 
 
 def reorder(videos, order, rng):

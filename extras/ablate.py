@@ -3,11 +3,12 @@
     python extras/ablate.py --world checkpoints/doom-maze --data-path data/doom-maze-40000.h5 --test data/doom-maze-24000-test.h5
     python extras/ablate.py ... --only lam            or dynamics
 
-Every row trains one stage anew, with the preset cpu but fewer updates of 4 clips, the same number for all rows, and everything
-else as in --world; seeds 0, 1, 2. Rows are flags of the training scripts; the two that are not are classes below. Each result is
-written to --json at once, and what is there already is not trained again.
+Every row trains one stage anew, on the CPU with the preset cpu but fewer updates of 4 clips, the same number for all rows, and
+everything else as in --world; seeds 0, 1, 2. Rows are flags of the training scripts; the two that are not are classes below.
+Each result is written to --json at once, and what is there already is not trained again.
 """
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -25,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_dynamics  # noqa: E402
 import train_lam  # noqa: E402
 import validate  # noqa: E402
-from config import Parser, UserError, print_user_errors  # noqa: E402
+from config import Parser, UserError, make_folder, print_user_errors  # noqa: E402
 from models.checkpoint import MODELS, build_model, load_checkpoint  # noqa: E402
 from models.latent_action_model import LatentActionModel  # noqa: E402
+from speedrun import describe_device, git_commit  # noqa: E402
 
 
 class WarmUp(LatentActionModel):
@@ -43,7 +45,8 @@ class WarmUp(LatentActionModel):
 
 
 class TokenTarget(LatentActionModel):
-    """The decoder predicts the tokens of the next frame, with cross-entropy, and so needs the tokenizer first."""
+    """The decoder predicts the tokens of the next frame, and so needs the tokenizer first. The loss is their cross-entropy,
+    1 for a blind guess, as copying is for the pixel loss. Its error in pixels contains the tokenizer's own: compare by nmi."""
 
     tokenizer = None  # a frozen VideoTokenizer, kept out of the weights
 
@@ -58,12 +61,12 @@ class TokenTarget(LatentActionModel):
         with torch.no_grad():
             tokens = self.tokenizer[0].encode(frames)  # (B, T, N)
         logits = self.decoder(frames[:, :-1], actions)  # (B, T-1, N, codebook_size)
-        cross_entropy = F.cross_entropy(logits.flatten(0, 2), tokens[:, 1:].flatten())
-        logs = {"error_over_copy": cross_entropy.detach() / 7, "codes_used": self.quantizer.codes_to_indices(codes.detach()).unique().numel()}
-        return cross_entropy + self.collapse_penalty(soft_bits), logs
+        error = F.cross_entropy(logits.flatten(0, 2), tokens[:, 1:].flatten()) / math.log(logits.shape[-1])
+        logs = {"error_over_copy": error.detach(), "codes_used": self.quantizer.codes_to_indices(codes.detach()).unique().numel()}
+        return error + self.collapse_penalty(soft_bits), logs
 
-    def predict(self, frames):
-        logits = self.decoder(frames[:, :-1], self.quantizer(self.latents(frames)))
+    def predict(self, frames, actions):
+        logits = self.decoder(frames[:, :-1], self.quantizer.indices_to_codes(actions))
         tokens = torch.cat([self.tokenizer[0].encode(frames)[:, :1], logits.argmax(-1)], dim=1)  # (B, T, N)
         return self.tokenizer[0].decode(tokens)[:, 1:]
 
@@ -73,14 +76,16 @@ LAM_ROWS = {  # name → flags, what replaces what
     "encoder: both frames in a patch, not how they match": (["--encoder", "pairs"], None),
     "encoder: mean-pooled frames compared (article)": (["--encoder", "frames"], None),
     "decoder: adds, cannot move patches": (["--decoder", "change"], None),
-    "decoder: history hidden (article, keep-rate 0)": (["--keep-rate", "0"], None),
-    "target: tokens instead of pixels": ([], TokenTarget),
+    "decoder: draws the frame anew": (["--decoder", "frame"], None),
+    "decoder: draws it anew, from the first frame (article, keep-rate 0)": ("--decoder frame --keep-rate 0".split(), None),
+    "decoder: draws the frame's tokens, not its pixels": ([], TokenTarget),
     "rounded from the start (article)": (["--soft-rate", "0"], None),
     "continuous first half, then rounded": ([], WarmUp),
     "no normalisation before rounding (article)": (["--latent-norm", "none"], None),
     "no entropy bonus (article)": (["--entropy-lambda", "0"], None),
     "all of the article's choices together": (
-        "--encoder frames --decoder frame --keep-rate 0 --soft-rate 0 --latent-norm none --entropy-lambda 0".split(),
+        "--encoder frames --decoder frame --keep-rate 0 --soft-rate 0 --latent-norm none --entropy-lambda 0".split()
+        + "--optimizer adamw --learning-rate 2e-3".split(),
         None,
     ),
 }
@@ -89,19 +94,27 @@ DYNAMICS_ROWS = {
     "context masked (Genie, the article)": (["--context", "masked"], None),
     "action added to the tokens (Genie)": (["--conditioning", "add"], None),
     "a token's embedding sees itself alone (Genie)": (["--token-kernel", "1"], None),
-    "AdamW for all weights (article), at its own best rate, 0.002": ("--optimizer adamw --learning-rate 2e-3".split(), None),
+    "AdamW for all weights (article), rate 0.002": ("--optimizer adamw --learning-rate 2e-3".split(), None),
     "no actions (dice instead): the floor": (["--actions", "random"], None),
     "true buttons: the skyline": (["--actions", "true"], None),
 }
-LAM_METRICS = ("psnr", "copy_psnr", "nmi", "accuracy", "actions_used", "largest_share")
-DYNAMICS_METRICS = ("delta_psnr_t4", "delta_psnr_null_t4", "rollout_psnr_t4", "copy_psnr_t4", "masked_ce", "token_accuracy_changing")
+LAM_METRICS = ("psnr", "psnr_shuffled", "copy_psnr", "nmi", "accuracy", "actions_used", "largest_share")
+DYNAMICS_METRICS = ("delta_psnr_t4", "delta_psnr_null_t4", "rollout_psnr_t4", "copy_psnr_t4", "token_accuracy_changing")
+
+
+def finished(out, stage):
+    """The checkpoint in `out`. A training stopped by Ctrl-C must not count as one that ended."""
+    checkpoint = load_checkpoint(out / f"{stage}.pt", stage)
+    if checkpoint["step"] < checkpoint["n_updates"]:
+        raise KeyboardInterrupt
+    return checkpoint
 
 
 def train_row(stage, name, seed, args, clips, out):
     """Train one row and measure it → flat dict of floats."""
     flags, other = (LAM_ROWS if stage == "lam" else DYNAMICS_ROWS)[name]
     n_updates = args.lam_updates if stage == "lam" else args.dynamics_updates
-    options = ["--data-path", args.data_path, "--out", str(out), "--preset", args.preset, "--batch-size", "4", "--seed", str(seed),
+    options = ["--data-path", args.data_path, "--out", str(out), "--preset", args.preset, "--device", "cpu", "--batch-size", "4", "--seed", str(seed),
                "--n-updates", str(n_updates), "--sample-every", "1000000", "--save-every", "1000000", *flags]  # fmt: skip
     began = time.perf_counter()
     if stage == "lam":
@@ -112,7 +125,7 @@ def train_row(stage, name, seed, args, clips, out):
             with torch.enable_grad():
                 train_lam.main(options)
             minutes = (time.perf_counter() - began) / 60
-            lam = build_model(load_checkpoint(out / "lam.pt", "lam"))
+            lam = build_model(finished(out, "lam"))
         with validate.autocast_on(torch.device("cpu"))():
             values = validate.lam_metrics(lam, clips, "cpu")
         return {metric: float(values[metric]) for metric in LAM_METRICS} | {"minutes": minutes}
@@ -121,16 +134,23 @@ def train_row(stage, name, seed, args, clips, out):
     with torch.enable_grad():
         train_dynamics.main(options)
     minutes = (time.perf_counter() - began) / 60
+    finished(out, "dynamics")
     with validate.autocast_on(torch.device("cpu"))():
         values = validate.dynamics_metrics(validate.WorldModel.load(out), clips, "cpu", None)
     return {metric: float(values[metric]) for metric in DYNAMICS_METRICS} | {"minutes": minutes}
 
 
 def table(results, stage, rows, columns):
-    """A Markdown table of mean ± standard deviation over seeds; columns: heading → function of one result."""
+    """A Markdown table of mean ± standard deviation over seeds; columns: heading → function of one run's metrics.
+
+    results: "stage/row/seed/metric" → value, beside the settings.
+    """
     lines = [f"| {stage} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in rows:
-        found = [result for key, result in results.items() if key.startswith(f"{stage}/{name}/")]
+        start, runs = f"{stage}/{name}/", {}
+        for seed, metric in (key[len(start) :].split("/") for key in results if key.startswith(start)):
+            runs.setdefault(seed, {})[metric] = results[f"{start}{seed}/{metric}"]
+        found = list(runs.values())
         cells = []
         for value_of in columns.values() if found else ():
             values = torch.tensor([value_of(result) for result in found])
@@ -141,7 +161,8 @@ def table(results, stage, rows, columns):
 
 def tables(results):
     lam = {
-        "error, of copy-last's": lambda r: 10 ** ((r["copy_psnr"] - r["psnr"]) / 10),
+        "error, of copying's": lambda r: 10 ** ((r["copy_psnr"] - r["psnr"]) / 10),
+        "with another clip's codes": lambda r: 10 ** ((r["copy_psnr"] - r["psnr_shuffled"]) / 10),
         "nmi with the buttons": lambda r: r["nmi"],
         "largest share": lambda r: r["largest_share"],
         "actions used": lambda r: r["actions_used"],
@@ -151,7 +172,7 @@ def tables(results):
         "ΔPSNR@4 to random": lambda r: r["delta_psnr_t4"],
         "to the most frequent": lambda r: r["delta_psnr_null_t4"],
         "rollout − copy, t = 4": lambda r: r["rollout_psnr_t4"] - r["copy_psnr_t4"],
-        "masked cross-entropy": lambda r: r["masked_ce"],
+        "changed tokens right": lambda r: r["token_accuracy_changing"],
         "minutes": lambda r: r["minutes"],
     }
     return table(results, "lam", LAM_ROWS, lam) + "\n\n" + table(results, "dynamics", DYNAMICS_ROWS, dynamics)
@@ -170,21 +191,29 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--preset", default="cpu")
     args = parser.parse_args(argv)
-    if not Path(args.world).is_dir():
-        raise UserError(f"no world at {args.world}; train one first: python speedrun.py")
+    if not all((Path(args.world) / f"{stage}.pt").exists() for stage in ("tokenizer", "lam")):
+        raise UserError(f"no tokenizer.pt and lam.pt in {args.world}; train them first: python speedrun.py")
     path = Path(args.json)
-    results = json.loads(path.read_text()) if path.exists() else {}
+    make_folder(path.parent)
+    settings = {name: getattr(args, name) for name in ("world", "data_path", "test", "preset", "lam_updates", "dynamics_updates")}
+    results = json.loads(path.read_text()) if path.exists() else {**settings, "commit": git_commit(), "device": describe_device(), "command": "python extras/ablate.py"}
+    for name, value in settings.items():
+        if results[name] != value:
+            raise UserError(f"{path} was made with {name} {results[name]}, not {value}; use another --json")
     footage = validate.open_footage(Namespace(data_path=args.test, data_type="auto", use_dummy_data=False, frame_size=64))
+    if footage.actions is None:
+        raise UserError(f"{args.test} has no recorded buttons to measure against; use footage of record.py")
     for stage, rows, length in (("lam", LAM_ROWS, 8), ("dynamics", DYNAMICS_ROWS, validate.CONTEXT + 4)):
         clips = validate.Clips(footage, "val", length, val_fraction=0.5).spread(96)
         for seed in range(args.seeds if args.only in ("", stage) else 0):
             for name in rows:
                 key = f"{stage}/{name}/{seed}"
-                if key in results:
+                if any(done.startswith(key + "/") for done in results):
                     continue
                 print(f"\n=== {key}", flush=True)
                 with tempfile.TemporaryDirectory() as folder:
-                    results[key] = train_row(stage, name, seed, args, clips, Path(folder))
+                    measured = train_row(stage, name, seed, args, clips, Path(folder))
+                results |= {f"{key}/{metric}": value for metric, value in measured.items()}
                 path.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results))
 

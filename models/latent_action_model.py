@@ -72,8 +72,9 @@ class LatentActionsDecoder(nn.Module):
 
     kind "warp" moves the pixels of the last frame as a mixture of shifts per patch (after CDNA and DNA, arXiv:1605.07157,
     §3) and adds a correction; "change" only adds; "frame" draws the next frame anew, as the article does.
-    The transformer sees each patch with probability keep_rate, and the first frame always; the rest are mask tokens.
-    0 is the article's choice: first frame and actions only. 1 is Genie's: the whole history.
+    The transformer sees each patch with probability keep_rate, and the first frame always; the rest are mask tokens. 1 is
+    Genie's choice. 0, with kind "frame", is the article's: first frame and actions only ("warp" and "change" start from
+    the last frame all the same).
     """
 
     def __init__(
@@ -113,7 +114,8 @@ class LatentActionsDecoder(nn.Module):
         return predicted if self.kind == "frame" else frames + predicted
 
     def warp(self, frames, moves):
-        """Move each patch's content by a mixture of MOVES, across and then down; moves (B, T-1, N, 2·len(MOVES)) are logits."""
+        """Move each patch's content by a mixture of MOVES, across and then down; moves (B, T-1, N, 2·len(MOVES)) are logits.
+        What enters at an edge is what left at the opposite one; the correction has to mend that."""
         P, H = self.patch_size, frames.shape[-2]
         weights = moves.unflatten(-1, (2, -1)).softmax(dim=-1)  # (B, T-1, N, 2, len(MOVES))
         weights = rearrange(weights, "b t (h w) two m -> two m b t 1 h w", h=H // P)
@@ -181,6 +183,6 @@ class LatentActionModel(nn.Module):
         """frames (B, T, 3, H, W) → action indices (B, T-1)."""
         return self.quantizer.codes_to_indices(self.quantizer(self.latents(frames)))
 
-    def predict(self, frames):
-        """frames (B, T, 3, H, W) → the decoder's frames 1 … T-1 (B, T-1, 3, H, W), from the inferred actions."""
-        return self.decoder(frames[:, :-1], self.quantizer(self.latents(frames))).clamp(-1, 1)
+    def predict(self, frames, actions):
+        """frames (B, T, 3, H, W) and action indices (B, T-1) → the decoder's frames 1 … T-1 (B, T-1, 3, H, W)."""
+        return self.decoder(frames[:, :-1], self.quantizer.indices_to_codes(actions)).clamp(-1, 1)

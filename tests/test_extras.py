@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import train_utils
 from config import UserError
 from data_utils import DatasetWriter, dummy_world
 from models.checkpoint import load_checkpoint
@@ -35,14 +36,28 @@ def test_every_kind_of_row_trains_and_lands_in_the_table(world_dir, recording, t
                "--lam-updates", "2", "--dynamics-updates", "2", "--seeds", "1"]  # fmt: skip
     ablate.main(options)
     results = json.loads(out.read_text())
-    assert set(results) == {"lam/token target/0", "lam/warm-up/0", "dynamics/adamw/0", "dynamics/dice/0", "dynamics/masked/0", "dynamics/true/0"}
-    assert all(np.isfinite(value) for result in results.values() for value in result.values())
+    measured = {key.rsplit("/", 1)[0]: value for key, value in results.items() if key.endswith("minutes")}
+    assert set(measured) == {"lam/token target/0", "lam/warm-up/0", "dynamics/adamw/0", "dynamics/dice/0", "dynamics/masked/0", "dynamics/true/0"}
+    assert all(np.isfinite(value) for key, value in results.items() if key.startswith(("lam/", "dynamics/")))
     monkeypatch.setattr(ablate, "train_row", None)
     ablate.main(options)  # nothing is trained twice
+    with pytest.raises(UserError, match="made with lam_updates 2, not 3"):
+        ablate.main([*options, "--lam-updates", "3"])
+    with pytest.raises(UserError, match="no tokenizer.pt and lam.pt in"):
+        ablate.main([*options, "--world", str(tmp_path)])
+
+
+def test_an_interrupted_row_does_not_count(world_dir, recording, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "LAM_ROWS", {"as shipped": ([], None)})
+    monkeypatch.setattr(train_utils.Run, "stopped", property(lambda run: True, lambda run, value: None), raising=False)  # Ctrl-C in the first step
+    options = ["--world", world_dir, "--data-path", recording, "--test", recording, "--json", str(tmp_path / "a.json"), "--preset", "tiny"]
+    with pytest.raises(KeyboardInterrupt):
+        ablate.main([*options, "--lam-updates", "2"])
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_the_table_shows_mean_and_spread():
-    results = {f"lam/a/{seed}": {"x": value} for seed, value in enumerate((1.0, 2.0, 3.0))}
+    results = {"world": "w"} | {f"lam/a/{seed}/x": value for seed, value in enumerate((1.0, 2.0, 3.0))}
     assert ablate.table(results, "lam", ["a"], {"x": lambda r: r["x"]}).endswith("| a | 2.00 ± 1.00 |")
 
 

@@ -47,6 +47,15 @@ def test_masking_keeps_the_first_frame():
     assert 0.4 < kept.float().mean() < 0.6
 
 
+@pytest.mark.parametrize("decoder, sees", [("frame", False), ("warp", True)])
+def test_without_history_only_what_is_drawn_anew_forgets_the_last_frame(decoder, sees):
+    model, frames = lam(keep_rate=0.0, decoder=decoder), torch.rand(1, 4, 3, 16, 16) * 2 - 1
+    changed = frames.clone()
+    changed[:, 2] = -changed[:, 2]
+    difference = model.decoder(frames, torch.ones(1, 4, 3)) - model.decoder(changed, torch.ones(1, 4, 3))
+    assert (difference[:, 2].abs().max() > 1e-3) == sees
+
+
 def test_collapse_costs():
     model = lam(var_target=0.2, var_lambda=1.0, entropy_lambda=0.5)
     collapsed = model.collapse_penalty(torch.full((8, 4, 3), 0.9))
@@ -83,7 +92,7 @@ def test_the_decoder_can_move_a_patch():
 def test_new_model_predicts_a_copy():
     model = LatentActionModel(frame_size=[16, 16], patch_size=8, decoder="change", **SIZES).eval()
     frames = torch.rand(2, 4, 3, 16, 16) * 2 - 1
-    assert torch.equal(model.predict(frames), frames[:, :-1])
+    assert torch.equal(model.predict(frames, model.infer(frames)), frames[:, :-1])
     assert torch.allclose(model(frames)[1]["error_over_copy"], torch.tensor(1.0))
 
 

@@ -75,6 +75,7 @@ def test_warnings_name_the_metric_and_a_flag():
         ("lam/largest_share", 0.95, "--entropy-lambda"),
         ("lam/error_over_copy", 1.01, "--minutes"),
         ("dynamics/delta_psnr_t4", 0.02, "--minutes"),  # actions that do nothing
+        ("dynamics/delta_psnr_null_t4", 0.0, "--minutes"),
         ("dynamics/action_gain", 0.001, "--minutes"),
     ]:
         (line,) = metrics.warnings_of({**well, name: value})

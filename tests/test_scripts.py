@@ -18,6 +18,7 @@ from config import PRESETS, LatentActionConfig, UserError, parse_config
 from data_utils import Clips, DatasetWriter, Footage, dummy_world, to_float
 from models.checkpoint import CheckpointError, build_model, load_checkpoint
 from models.dynamics import DynamicsModel
+from models.world_model import WorldModel
 from train_utils import Run, count_updates, make_optimizer
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,15 @@ def test_a_checkpoint_gives_the_outputs_of_the_model_that_was_trained(world_dir,
         torch.manual_seed(0)
         losses.append(float(model(*inputs)[0].detach()))
     assert losses[0] == losses[1]
+
+
+def test_the_gpu_preset_runs_in_small(tmp_path):
+    small = ["--use-dummy-data", "--preset", "gpu", "--device", "cpu", "--n-updates", "1", "--batch-size", "2", "--out", str(tmp_path)]
+    for script in SCRIPTS.values():
+        script.main(small)
+    world = WorldModel.load(tmp_path)
+    world.reset(world.start_frames[0])
+    assert world.step(0).shape == (64, 64, 3)
 
 
 def weights(folder, stage="lam"):
@@ -164,6 +174,8 @@ def test_stages_that_do_not_fit_write_nothing(world_dir, tmp_path):
         train_dynamics.main([*TINY, "--out", other, "--n-updates", "2", *files])
     with pytest.raises(UserError, match="cannot resume .*keep_rate was 1.0, now it is 0.5"):
         train_lam.main([*TINY, "--out", other, "--n-updates", "4", "--keep-rate", "0.5", "--resume"])
+    with pytest.raises(UserError, match="cannot resume .*optimizer was muon, now it is adamw"):
+        train_lam.main([*TINY, "--out", other, "--n-updates", "2", "--optimizer", "adamw", "--resume"])
     with pytest.raises(UserError, match="cannot resume .*planned for 2 updates, not 4"):
         train_lam.main([*TINY, "--out", other, "--n-updates", "4", "--resume"])
     for options, message in [

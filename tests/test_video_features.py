@@ -6,7 +6,7 @@ import video_features
 from config import UserError
 from data_utils import dummy_world
 from metrics import frechet_distance
-from video_features import i3d_features, smallnet_features
+from video_features import i3d_features, load_i3d, smallnet_features
 
 
 def test_the_distance_orders_videos_by_damage():
@@ -32,11 +32,11 @@ def test_an_i3d_of_the_user_takes_the_place(tmp_path):
 
     torch.jit.script(Detector()).save(str(tmp_path / "i3d.pt"))
     videos = torch.randint(256, (6, 16, 8, 8, 3), dtype=torch.uint8)
-    assert torch.allclose(i3d_features(tmp_path / "i3d.pt", videos), videos.float().mean(dim=(1, 2, 3)), atol=1e-3)
+    assert torch.allclose(i3d_features(load_i3d(tmp_path / "i3d.pt"), videos), videos.float().mean(dim=(1, 2, 3)), atol=1e-3)
     (tmp_path / "text.pt").write_text("no network")
     for name in ("text.pt", "none.pt"):
         with pytest.raises(UserError, match=f"--fvd-features .*{name} is not a TorchScript I3D"):
-            i3d_features(tmp_path / name, videos)
+            load_i3d(tmp_path / name)
 
 
 def test_the_network_can_be_trained_again(tmp_path):
