@@ -56,12 +56,12 @@ def describe_motion(flows):
 
 
 def label_of(motion):
-    """{"moves", "direction", …} → "← view", "↑ thing", "still" or "" (nothing common to say)."""
+    """{"moves", "direction", "pixels"} → "← view left 3.4" (pixels per frame), "still" or "" (nothing common to say)."""
     if motion["moves"] == "nothing":
         return "still"
     if not motion["direction"]:
         return ""
-    return f"{ARROWS[motion['direction']]} {motion['moves']} {motion['direction']}"
+    return f"{ARROWS[motion['direction']]} {motion['moves']} {motion['direction']} {motion['pixels']}"
 
 
 @torch.no_grad()
@@ -94,5 +94,5 @@ def write_action_table(lam_path, frames, device):
     table = {"lam": fingerprint(checkpoint), "picture": "lam/actions.png", "actions": rows}
     (out / "actions.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for row in rows:
-        print(f"action {row['action']}: {row['label']:20} {row['share']:4.0%} of transitions, {row['pixels']:.1f} pixels per frame")
+        print(f"action {row['action']}: {row['label']:20} {row['share']:4.0%} of transitions")
     return rows

@@ -86,7 +86,7 @@ class DynamicsConfig(Config):
 PRESETS = {
     "tiny": (  # seconds; for tests and for seeing that everything runs
         dict(n_updates=150, batch_size=32, context_length=4, embed_dim=64, hidden_dim=128, n_blocks=1, sample_every=100),
-        dict(tokenizer=dict(), lam=dict(), dynamics=dict()),
+        dict(tokenizer=dict(), lam=dict(batch_size=16), dynamics=dict()),
     ),
     "cpu": (  # two laptop cores, ten minutes for the three stages
         dict(),

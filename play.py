@@ -30,7 +30,7 @@ ARROWS = {
     "up": (65362, 2490368, 63232),
     "down": (65364, 2621440, 63233),
 }
-DEFAULT = Path(__file__).parent / "checkpoints" / "shipped" / "doom-maze"
+DEFAULT = Path(__file__).parent / "checkpoints" / "shipped" / "crafter"
 KEYS = "0123456789abcdefghijklmnopstuvwxyz"  # without q and r
 
 
@@ -155,7 +155,7 @@ def play_window(game, fps):
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("--checkpoint", default=str(DEFAULT), help="folder of a world [checkpoints/shipped/doom-maze]")
+    parser.add_argument("--checkpoint", default=str(DEFAULT), help="folder of a world [checkpoints/shipped/crafter]")
     parser.add_argument("--actions", default="", help="play these latent actions, for example 0,3,3,1; needs --save")
     parser.add_argument("--save", default="", metavar="FILE", help="where to, .gif or .mp4")
     parser.add_argument("--frame", default="", metavar="PICTURE", help="begin from this picture")
