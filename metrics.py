@@ -91,7 +91,7 @@ def frechet_distance(a, b):
 
 WARNINGS = {  # metric → (is it bad?, given the whole report; what it means and which flag to try)
     "tokenizer/codes_used": (lambda v, r: v < 2, "the codebook is dead; try train_tokenizer.py with half the --learning-rate"),
-    "tokenizer/perplexity": (lambda v, r: v < 2, "the codebook is dead; try train_tokenizer.py with half the --learning-rate"),
+    "tokenizer/perplexity": (lambda v, r: v < 1.1, "the codebook is dead; try train_tokenizer.py with half the --learning-rate"),
     "tokenizer/psnr_changing": (lambda v, r: v <= r["tokenizer/copy_psnr_changing"], "what moves is not drawn; train_tokenizer.py needs more --minutes"),
     "lam/actions_used": (lambda v, r: v < r["lam/n_actions"], "some actions never occur; try train_lam.py with a larger --entropy-lambda or fewer --n-actions"),
     "lam/largest_share": (lambda v, r: v > 0.8, "the actions have collapsed into one; try train_lam.py with a larger --entropy-lambda"),
