@@ -166,14 +166,12 @@ def tables(results):
         "nmi with the buttons": lambda r: r["nmi"],
         "largest share": lambda r: r["largest_share"],
         "actions used": lambda r: r["actions_used"],
-        "minutes": lambda r: r["minutes"],
     }
     dynamics = {
         "ΔPSNR@4 to random": lambda r: r["delta_psnr_t4"],
         "to the most frequent": lambda r: r["delta_psnr_null_t4"],
         "rollout − copy, t = 4": lambda r: r["rollout_psnr_t4"] - r["copy_psnr_t4"],
         "changed tokens right": lambda r: r["token_accuracy_changing"],
-        "minutes": lambda r: r["minutes"],
     }
     return table(results, "lam", LAM_ROWS, lam) + "\n\n" + table(results, "dynamics", DYNAMICS_ROWS, dynamics)
 

@@ -7,6 +7,7 @@ import config
 import train_dynamics
 import train_lam
 import train_tokenizer
+from extras.ablate import tables
 from models.world_model import WorldModel
 from play import DEFAULT
 from record import GAMES
@@ -26,6 +27,10 @@ def test_the_table_holds_the_numbers_of_the_result_files():
             assert f"{report[name]:.{decimals}f}" == shown, (name, report["world"])
     assert f"takes {numbers[0]['minutes/total']:.0f} minutes" in README
     assert all(report["device"].startswith("2 CPU cores") for report in numbers)
+
+
+def test_the_ablation_tables_are_those_of_the_result_file():
+    assert all(table in README for table in tables(json.loads((ROOT / "results" / "ablation.json").read_text())).split("\n\n"))
 
 
 def test_the_shipped_worlds_have_cards_and_fit():
