@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from models.distributed import mean_over_ranks, rand
 from models.fsq import FiniteScalarQuantizer
 from models.st_transformer import SpatioTemporalPositionalEncoding, SpatioTemporalTransformer, causal_band
 
@@ -48,34 +49,43 @@ class DynamicsModel(nn.Module):
         cond_dim = embed_dim if self.adaln else None
         self.transformer = SpatioTemporalTransformer(embed_dim, hidden_dim, n_heads, n_blocks, context_length, cond_dim)
 
-    def embed(self, tokens, actions):
-        """tokens (B, T, N), mask_index where masked, and the action of each frame (B, T) → (B, T, N, E) and its condition."""
+    def embed(self, tokens):
+        """tokens (B, T, N), mask_index where masked → (B, T, N, E)."""
         masked = (tokens == self.mask_index).unsqueeze(-1)  # (B, T, N, 1)
         codes = self.quantizer.indices_to_codes(tokens).masked_fill(masked, 0.0)  # (B, T, N, D)
         codes = rearrange(codes, "b t (h w) d -> (b t) d h w", h=self.grid[0])
         x = rearrange(self.embed_codes(codes), "(b t) e h w -> b t (h w) e", b=len(tokens))
-        x = x + masked * self.mask_token
-        x, cond = self.positions(x), self.embed_action(actions)  # (B, T, N, E), (B, T, E)
-        return (x, cond) if self.adaln else (x + cond.unsqueeze(2), None)
+        return self.positions(x + masked * self.mask_token)
+
+    def condition(self, actions):
+        """The action that led to each frame (B, T) → what is added to its tokens, and what modulates the norms."""
+        action = self.embed_action(actions)  # (B, T, E)
+        return (0, self.transformer.modulations(action)) if self.adaln else (action.unsqueeze(2), None)
+
+    def states(self, tokens, condition, **options):
+        """tokens (B, T, N) under a condition → the transformer's output (B, T, N, E); options are its own."""
+        added, modulations = condition
+        return self.transformer(self.embed(tokens) + added, modulations, **options)
 
     def forward(self, tokens, actions):
         if self.objective == "mse":
             return self._mse(tokens, actions)
         B, T, N = tokens.shape
-        rate = 0.5 + 0.5 * torch.rand(B, T - 1, 1, device=tokens.device)  # U(0.5, 1), per frame
-        masked = torch.rand(B, T - 1, N, device=tokens.device) < rate  # (B, T-1, N); the first frame is never masked
+        rate = 0.5 + 0.5 * rand(B, T - 1, 1, device=tokens.device)  # U(0.5, 1), per frame
+        masked = rand(B, T - 1, N, device=tokens.device) < rate  # (B, T-1, N); the first frame is never masked
         if self.clean_context:
-            logits = self.masked_logits(tokens, actions, masked)  # (B, T-1, N, codebook_size)
+            states = self.masked_states(tokens, actions, masked)  # (B, T-1, N, E)
         else:
             hidden = torch.cat([tokens[:, :1], tokens[:, 1:].masked_fill(masked, self.mask_index)], dim=1)
-            x, cond = self.embed(hidden, self.led_to(actions))
-            logits = self.head(self.transformer(x, cond)[:, 1:])
-        targets = tokens[:, 1:]
-        loss = F.cross_entropy(logits[masked].float(), targets[masked])
-        right = logits.detach().argmax(-1) == targets
-        changed = masked & (targets != tokens[:, :-1])  # still patches are right for free
-        accuracy = (right & changed).sum() / changed.sum().clamp_min(1)
-        return loss, {"accuracy_changing": accuracy, "accuracy": (right & masked).sum() / masked.sum().clamp_min(1)}
+            states = self.states(hidden, self.condition(self.led_to(actions)))[:, 1:]
+        targets = tokens[:, 1:][masked]
+        logits = self.head(states[masked]).float()  # (number masked, codebook_size)
+        loss = F.cross_entropy(logits, targets, reduction="sum") / mean_over_ranks(masked.sum())
+        with torch.no_grad():
+            right = logits.argmax(dim=1) == targets
+            changed = targets != tokens[:, :-1][masked]  # still patches are right for free
+            accuracy = (right & changed).sum() / changed.sum().clamp_min(1)
+        return loss, {"accuracy_changing": accuracy, "accuracy": right.float().mean()}
 
     def led_to(self, actions):
         """Actions between frames (B, T-1) → the action that led to each frame (B, T); for the first it is "none"."""
@@ -83,6 +93,9 @@ class DynamicsModel(nn.Module):
 
     def masked_logits(self, tokens, actions, masked):
         """Logits (B, T-1, N, codebook_size) of frames 1 … T-1, each seen through masked (B, T-1, N), pasts clean."""
+        return self.head(self.masked_states(tokens, actions, masked))
+
+    def masked_states(self, tokens, actions, masked):
         B, T, N = tokens.shape
         hidden = tokens[:, 1:].masked_fill(masked, self.mask_index)
         twice = torch.cat([tokens[:, :-1], hidden], dim=1)  # (B, 2(T-1), N): clean 0 … T-2, masked 1 … T-1
@@ -93,9 +106,9 @@ class DynamicsModel(nn.Module):
         self_only = torch.eye(T - 1, dtype=torch.bool, device=tokens.device)
         clean_rows = torch.cat([past[:-1, :-1], torch.zeros_like(self_only)], dim=1)
         masked_rows = torch.cat([before[1:, :-1], self_only], dim=1)
-        x, cond = self.embed(twice, torch.cat([self.led_to(actions[:, :-1]), actions], dim=1))  # (B, 2(T-1), N, E)
-        x = self.transformer(x, cond, times, torch.cat([clean_rows, masked_rows]))
-        return self.head(x[:, T - 1 :])
+        condition = self.condition(torch.cat([self.led_to(actions[:, :-1]), actions], dim=1))
+        x = self.states(twice, condition, times=times, mask=torch.cat([clean_rows, masked_rows]))  # (B, 2(T-1), N, E)
+        return x[:, T - 1 :]
 
     def _mse(self, tokens, actions):
         target = self.quantizer.indices_to_codes(tokens[:, 1:])  # (B, T-1, N, D)
@@ -107,8 +120,7 @@ class DynamicsModel(nn.Module):
 
     def _next_latents(self, tokens, actions, cache=None):
         """Frames t (B, T, N) and the actions that follow them (B, T) → latents of frames t+1 (B, T, N, D)."""
-        x, _ = self.embed(tokens, actions)
-        return self.head(self.transformer(x, cache=cache, finished=True))
+        return self.head(self.states(tokens, self.condition(actions), cache=cache, finished=True))
 
     def _snap(self, latents):
         """The nearest point of the FSQ grid."""
@@ -124,11 +136,7 @@ class DynamicsModel(nn.Module):
         if self.objective == "mse":
             self._next_latents(tokens, actions[:, 1:], cache)
         else:
-            self._finish(tokens, actions[:, :-1], cache)
-
-    def _finish(self, tokens, actions, cache):
-        x, cond = self.embed(tokens, actions)
-        self.transformer(x, cond, cache=cache, finished=True)
+            self.states(tokens, self.condition(actions[:, :-1]), cache=cache, finished=True)
 
     @torch.no_grad()
     def next_frame(self, last, last_action, action, cache, steps=2, temperature=0.2, generator=None):
@@ -140,11 +148,11 @@ class DynamicsModel(nn.Module):
         if self.objective == "mse":
             latents = self._next_latents(last.unsqueeze(1), action.unsqueeze(1), cache)[:, 0]
             return self.quantizer.codes_to_indices(self._snap(latents.float()))
-        self._finish(last.unsqueeze(1), last_action.unsqueeze(1), cache)
+        self.prefill(last.unsqueeze(1), torch.stack([last_action, action], dim=1), cache)
+        condition = self.condition(action.unsqueeze(1))
 
         def logits_of(tokens):  # (B, N) → (B, N, codebook_size)
-            x, cond = self.embed(tokens.unsqueeze(1), action.unsqueeze(1))
-            return self.head(self.transformer(x, cond, cache=cache))[:, 0].float()
+            return self.head(self.states(tokens.unsqueeze(1), condition, cache=cache))[:, 0].float()
 
         return maskgit_decode(logits_of, torch.full_like(last, self.mask_index), self.mask_index, steps, temperature, generator)
 
@@ -159,19 +167,19 @@ def maskgit_decode(logits_of, tokens, mask_index, steps, temperature=1.0, genera
     for k in range(1, steps + 1):
         logits = logits_of(tokens)  # (B, N, codebook_size)
         if temperature > 0:
-            logits = logits / temperature
-            uniform = torch.rand(logits.shape, device=logits.device, generator=generator).clamp_min(1e-9)
-            sampled = (logits - torch.log(-torch.log(uniform))).argmax(-1)  # Gumbel-max: a sample without a sync
+            p = (logits / temperature).softmax(dim=-1)
+            cdf = p.cumsum(dim=-1)
+            dice = torch.rand(B, N, 1, device=p.device, generator=generator) * cdf[..., -1:]
+            sampled = torch.searchsorted(cdf, dice, right=True)[..., 0].clamp_max(p.shape[-1] - 1)  # a sample of p, without a sync
         else:
-            sampled = logits.argmax(-1)
-        confidence = logits.log_softmax(-1).gather(-1, sampled.unsqueeze(-1)).squeeze(-1)  # (B, N)
+            p = logits.softmax(dim=-1)
+            sampled = p.argmax(-1)
+        confidence = p.gather(-1, sampled.unsqueeze(-1)).squeeze(-1).log()  # (B, N)
         if temperature > 0:
-            uniform = torch.rand(confidence.shape, device=logits.device, generator=generator).clamp_min(1e-9)
-            confidence = confidence - temperature * (1 - k / steps) * torch.log(-torch.log(uniform))
+            noise = torch.empty_like(confidence).exponential_(generator=generator)
+            confidence = confidence - temperature * (1 - k / steps) * noise.log()
         known = tokens != mask_index
-        confidence = confidence.masked_fill(known, float("inf"))
-        filled = torch.where(known, tokens, sampled)
         still_masked = 0 if k == steps else math.floor(N * math.cos(math.pi / 2 * k / steps))
-        rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the most confident
-        tokens = torch.where((rank < N - still_masked) | known, filled, mask_index)
+        best = confidence.masked_fill(known, float("inf")).topk(N - still_masked, dim=-1).indices  # (B, N - still_masked)
+        tokens = tokens.scatter(1, best, torch.where(known, tokens, sampled).gather(1, best))
     return tokens

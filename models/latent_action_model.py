@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from models.distributed import mean_over_ranks, of_all_ranks, rand
 from models.fsq import FiniteScalarQuantizer
 from models.patch_embed import PatchEmbedding, PatchUnembedding
 from models.st_transformer import SpatioTemporalPositionalEncoding, SpatioTemporalTransformer
@@ -99,7 +100,7 @@ class LatentActionsDecoder(nn.Module):
 
     def mask(self, tokens):
         """Replace tokens (B, T-1, N, E) by the mask token, except in the first frame and at the kept places."""
-        keep = torch.rand(tokens.shape[:3], device=tokens.device) < self.keep_rate  # (B, T-1, N)
+        keep = rand(*tokens.shape[:3], device=tokens.device) < self.keep_rate  # (B, T-1, N)
         keep[:, 0] = True
         return torch.where(keep.unsqueeze(-1), tokens, self.mask_token.to(tokens.dtype))
 
@@ -154,7 +155,7 @@ class LatentActionModel(nn.Module):
 
     def collapse_penalty(self, soft_bits):
         """soft_bits (B, T-1, A) in (-1, 1): the article's variance penalty minus the entropy bonus, a scalar."""
-        soft_bits = soft_bits.flatten(0, 1)  # (M, A)
+        soft_bits = of_all_ranks(soft_bits.flatten(0, 1))  # (M, A)
         variance = soft_bits.var(dim=0, correction=0)
         codes = self.quantizer.indices_to_codes(torch.arange(self.n_actions, device=soft_bits.device))  # (n_actions, A)
         share = ((1 + soft_bits.unsqueeze(1) * codes) / 2).prod(dim=-1).mean(dim=0)  # (n_actions,), sums to 1
@@ -168,9 +169,9 @@ class LatentActionModel(nn.Module):
         codes, soft_bits = self.quantizer(latents), self.quantizer.bound(latents)  # (B, T-1, A): ±1, and between
         actions = codes
         if self.training:
-            actions = torch.where(torch.rand_like(codes) < self.soft_rate, soft_bits, codes)
+            actions = torch.where(rand(*codes.shape, device=codes.device) < self.soft_rate, soft_bits, codes)
         error = F.mse_loss(self.decoder(frames[:, :-1], actions), frames[:, 1:])
-        copy_error = F.mse_loss(frames[:, :-1], frames[:, 1:]).clamp_min(1e-8)  # a still clip has none
+        copy_error = mean_over_ranks(F.mse_loss(frames[:, :-1], frames[:, 1:])).clamp_min(1e-8)  # a still clip has none
         loss = error / copy_error + self.collapse_penalty(soft_bits)
         logs = {
             "error_over_copy": (error / copy_error).detach(),

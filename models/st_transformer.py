@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class SpatioTemporalPositionalEncoding(nn.Module):
@@ -28,36 +29,52 @@ class SpatioTemporalPositionalEncoding(nn.Module):
         return tokens + self.space  # (B, T, N, E)
 
     @staticmethod
-    def rotate(x, times):
-        """Rotary encoding of x (..., S, d), d even, at frame numbers times (S,)."""
-        half = x.shape[-1] // 2
+    def rotation(times, dim):
+        """Cosine and sine (S, dim) of the angles at frame numbers times (S,), dim even; computed once for all blocks."""
         # the usual base of 10,000 is for thousands of positions; a window holds tens of frames
-        frequency = 100.0 ** (-torch.arange(half, device=x.device) / half)
-        angle = times[:, None] * frequency  # (S, d/2)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        frequency = 100.0 ** (-2 * torch.arange(dim // 2, device=times.device) / dim)
+        angle = (times[:, None] * frequency).repeat(1, 2)  # (S, dim)
+        return angle.cos(), angle.sin()
+
+    @staticmethod
+    def rotate(x, rotation):
+        """Rotary encoding of x (..., S, d) by the (cos, sin) of `rotation`."""
+        cos, sin = (part.to(x.dtype) for part in rotation)
+        a, b = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 class TemporalCache:
-    """Keys and values of the last finished frames of one block, (B·N, heads, ≤ context_length - 1, d), not rotated.
+    """Keys and values of the last context_length - 1 finished frames of one block, (B·N, heads, context_length - 1, d).
 
-    Keys are stored before rotation and rotated by their place in the window, so angles never leave the trained range.
+    The shape is the same from the first frame on (what is not there yet is masked), so every step is the same work and can be captured
+    as one CUDA graph. Keys are stored as they came and rotated by their place in the window: angles do not grow with age.
     """
 
-    def __init__(self, context_length: int):
-        self.keep, self.keys, self.values = context_length - 1, None, None
+    def __init__(self, context_length: int, device=None):
+        self.length, self.keys = context_length - 1, None
+        self.filled = torch.zeros(self.length, dtype=torch.bool, device=device)
 
-    def __len__(self):
-        return 0 if self.keys is None else self.keys.shape[2]
+    def clear(self):
+        """Forget all frames, keep the memory."""
+        self.filled.zero_()
 
-    def extend(self, keys, values, finished: bool):
-        """Past and present keys and values; `finished` frames also stay for the next call."""
-        if self.keys is not None:
-            keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
-        if finished:
-            self.keys, self.values = keys[:, :, -self.keep :], values[:, :, -self.keep :]
-        return keys, values
+    def extend(self, keys, values, rotation, finished: bool):
+        """Keys and values of new frames → past and present ones, keys rotated. `finished` frames also stay for the next call.
+
+        rotation: the (cos, sin) of all places, those of the past first.
+        """
+        rotate, n = SpatioTemporalPositionalEncoding.rotate, self.length
+        if self.keys is None:
+            self.keys, self.rotated, self.values = (keys.new_zeros(*keys.shape[:2], n, keys.shape[3]) for _ in range(3))
+        present = rotate(keys, [part[n:] for part in rotation])
+        together = torch.cat([self.rotated, present], dim=2), torch.cat([self.values, values], dim=2)
+        if finished:  # in place: a captured graph goes on reading the same memory
+            self.keys.copy_(torch.cat([self.keys, keys], dim=2)[:, :, -n:])
+            self.values.copy_(together[1][:, :, -n:])
+            self.rotated.copy_(rotate(self.keys, [part[:n] for part in rotation]))
+            self.filled.copy_(torch.cat([self.filled, self.filled.new_ones(keys.shape[2])])[-n:])
+        return together
 
 
 def causal_band(n_queries: int, n_keys: int, context_length: int, device=None):
@@ -68,10 +85,14 @@ def causal_band(n_queries: int, n_keys: int, context_length: int, device=None):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q·kᵀ/√d)·v over (batch, heads, S, d); mask is boolean, True where a query may look."""
-    if q.device.type == "cuda":
+    """softmax(q·kᵀ/√d)·v over (batch, heads, S, d); mask is boolean, True where a query may look.
+
+    Fused or plain is decided here. On CUDA the fused kernel is the better one. On a CPU it takes 0.2 to 0.7 of the plain form's time in
+    float32 but 3 to 9 times as long in bfloat16, which it computes in float32 (2 cores, AVX512-BF16; 64 patches or 4 to 32 frames, forward
+    and backward; `python bench.py` measures it again).
+    """
+    if q.device.type == "cuda" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # The fused CPU kernel loses to the plain form at our sizes: 2-7 times slower in bfloat16, about equal in float32.
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -79,24 +100,26 @@ def attend(q, k, v, mask=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the sequence axis of x (batch, S, E)."""
+    """Multi-head self-attention of tokens (B, T, N, E): among the patches of a frame, or, in time, among the frames of a patch."""
 
-    def __init__(self, embed_dim: int, n_heads: int):
+    def __init__(self, embed_dim: int, n_heads: int, in_time: bool):
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.in_time = n_heads, in_time
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
         self.out = nn.Linear(embed_dim, embed_dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x, times=None, mask=None, cache=None, finished=False):
-        q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
-        if cache is not None:
-            k, v = cache.extend(k, v, finished)
-        if times is not None:  # the queries are the last of the keys
-            rotate = SpatioTemporalPositionalEncoding.rotate
-            q, k = rotate(q, times[-q.shape[2] :]), rotate(k, times)
-        return self.out(rearrange(attend(q, k, v, mask), "b h s d -> b s (h d)"))
+    def forward(self, x, rotation=None, mask=None, cache=None, finished=False):
+        B, T = x.shape[:2]
+        if not self.in_time:
+            q, k, v = rearrange(self.qkv(x), "b t n (three h d) -> three (b t) h n d", three=3, h=self.n_heads)
+            return self.out(rearrange(attend(q, k, v), "(b t) h n d -> b t n (h d)", b=B))
+        q, k, v = rearrange(self.qkv(x), "b t n (three h d) -> three (b n) h t d", three=3, h=self.n_heads)
+        rotate = SpatioTemporalPositionalEncoding.rotate
+        q = rotate(q, [part[-T:] for part in rotation])  # the queries are the last of the keys
+        k, v = (rotate(k, rotation), v) if cache is None else cache.extend(k, v, rotation, finished)
+        return self.out(rearrange(attend(q, k, v, mask), "(b n) h t d -> b t n (h d)", b=B))
 
 
 class AdaLN(nn.Module):
@@ -113,11 +136,16 @@ class AdaLN(nn.Module):
             nn.init.zeros_(self.project.weight)
             nn.init.zeros_(self.project.bias)
 
-    def forward(self, x, cond=None):
-        if self.project is None:
+    def modulation(self, cond):
+        """Condition (B, T, cond_dim) → 1 + γ and β, (B, T, 1, E) each."""
+        gamma, beta = self.project(cond).unsqueeze(2).chunk(2, dim=-1)
+        return 1 + gamma, beta
+
+    def forward(self, x, modulation=None):
+        if modulation is None:
             return self.norm(x)
-        gamma, beta = self.project(cond).unsqueeze(2).chunk(2, dim=-1)  # (B, T, 1, E) each
-        return self.norm(x) * (1 + gamma) + beta  # (B, T, N, E)
+        scale, shift = modulation
+        return torch.addcmul(shift, self.norm(x), scale)  # (B, T, N, E)
 
 
 class STBlock(nn.Module):
@@ -125,24 +153,25 @@ class STBlock(nn.Module):
 
     def __init__(self, embed_dim: int, hidden_dim: int, n_heads: int, cond_dim: int | None = None):
         super().__init__()
-        self.norm_space, self.space = AdaLN(embed_dim, cond_dim), Attention(embed_dim, n_heads)
-        self.norm_time, self.time = AdaLN(embed_dim, cond_dim), Attention(embed_dim, n_heads)
+        self.norm_space, self.space = AdaLN(embed_dim, cond_dim), Attention(embed_dim, n_heads, in_time=False)
+        self.norm_time, self.time = AdaLN(embed_dim, cond_dim), Attention(embed_dim, n_heads, in_time=True)
         self.norm_ffn = AdaLN(embed_dim, cond_dim)
         self.ffn = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, embed_dim))
         nn.init.zeros_(self.ffn[-1].weight)
         nn.init.zeros_(self.ffn[-1].bias)
 
-    def forward(self, x, cond, times, mask, cache, finished):
-        B = x.shape[0]
-        frames = rearrange(self.norm_space(x, cond), "b t n e -> (b t) n e")
-        x = x + rearrange(self.space(frames), "(b t) n e -> b t n e", b=B)
-        tracks = rearrange(self.norm_time(x, cond), "b t n e -> (b n) t e")
-        x = x + rearrange(self.time(tracks, times, mask, cache, finished), "(b n) t e -> b t n e", b=B)
-        return x + self.ffn(self.norm_ffn(x, cond))
+    def modulations(self, cond):
+        return [norm.modulation(cond) for norm in (self.norm_space, self.norm_time, self.norm_ffn)]
+
+    def forward(self, x, modulations, rotation, mask, cache, finished):
+        space, time, ffn = modulations or (None, None, None)
+        x = x + self.space(self.norm_space(x, space))
+        x = x + self.time(self.norm_time(x, time), rotation, mask, cache, finished)
+        return x + self.ffn(self.norm_ffn(x, ffn))
 
 
 class SpatioTemporalTransformer(nn.Module):
-    """x (B, T, N, E), condition (B, T, cond_dim) or None → (B, T, N, E), normalised.
+    """x (B, T, N, E) → (B, T, N, E), normalised; with cond_dim also modulations(condition (B, T, cond_dim)).
 
     `times` (T,) and `mask` (T, T) replace the default order 0 … T-1 and its causal band, for training on two copies of
     a clip at once (dynamics.py). With `cache` (from new_cache) x holds only the frames after those already finished;
@@ -151,19 +180,28 @@ class SpatioTemporalTransformer(nn.Module):
 
     def __init__(self, embed_dim, hidden_dim, n_heads, n_blocks, context_length, cond_dim=None):
         super().__init__()
-        self.context_length = context_length
+        self.context_length, self.head_dim = context_length, embed_dim // n_heads
         self.blocks = nn.ModuleList(STBlock(embed_dim, hidden_dim, n_heads, cond_dim) for _ in range(n_blocks))
         self.norm = nn.LayerNorm(embed_dim)
+        self.recompute = False  # in the backward pass, instead of keeping what lies between blocks: less memory, a third slower
 
     def new_cache(self):
-        return [TemporalCache(self.context_length) for _ in self.blocks]
+        return [TemporalCache(self.context_length, self.norm.weight.device) for _ in self.blocks]
 
-    def forward(self, x, cond=None, times=None, mask=None, cache=None, finished=False):
+    def modulations(self, cond):
+        """What the condition does to every norm; at play it is the same for all MaskGIT passes of a frame."""
+        return [block.modulations(cond) for block in self.blocks]
+
+    def forward(self, x, modulations=None, times=None, mask=None, cache=None, finished=False):
         T = x.shape[1]
         if mask is None:
-            n_keys = T if cache is None else T + len(cache[0])
-            times = torch.arange(n_keys, device=x.device)
-            mask = causal_band(T, n_keys, self.context_length, x.device)
+            past = 0 if cache is None else cache[0].length
+            times = torch.arange(past + T, device=x.device)
+            mask = causal_band(T, past + T, self.context_length, x.device)
+            if past:
+                mask[:, :past] &= cache[0].filled
+        rotation = SpatioTemporalPositionalEncoding.rotation(times, self.head_dim)
         for i, block in enumerate(self.blocks):
-            x = block(x, cond, times, mask, None if cache is None else cache[i], finished)
+            inputs = (x, modulations and modulations[i], rotation, mask, None if cache is None else cache[i], finished)
+            x = checkpoint(block, *inputs, use_reentrant=False) if self.recompute and self.training else block(*inputs)
         return self.norm(x)

@@ -3,7 +3,8 @@
 A step costs the same for frame 10 and frame 10,000: both transformers that run at play keep the keys and values of their
 last context_length - 1 finished frames and compute only the new one. This equals one pass over the whole history with a
 causal band of context_length frames in every layer. Clips in training are one band long, so beyond that age a cached
-frame has indirectly seen more past than any frame in training had; nothing else changes.
+frame has indirectly seen more past than any frame in training had; nothing else changes. A step is the same work on the same
+memory each time, without a look at any value: on a GPU it is recorded once and replayed (CUDA graphs).
 """
 import json
 from pathlib import Path
@@ -31,10 +32,11 @@ class WorldModel:
     """tokenizer, lam and dynamics in evaluation mode; lam is None when the dynamics was trained on true actions.
 
     start_frames uint8 (n, T, H, W, 3), if any, are places to begin from that travel with the world; fps is the footage's.
-    action_table: the rows of actions.json, the legend of the latent actions, or [].
+    action_table: the rows of actions.json, the legend of the latent actions, or []. capture: on CUDA, record a step once and replay it.
     """
 
-    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, action_table=(), fps=15.0, steps=2, temperature=0.2, seed=0):
+    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, action_table=(), fps=15.0, steps=2, temperature=0.2, seed=0,
+                 capture=True):  # fmt: skip
         self.tokenizer, self.lam, self.dynamics = tokenizer, lam, dynamics
         self.start_frames, self.fps, self.steps, self.temperature = start_frames, fps, steps, temperature
         self.n_actions = dynamics.null_action
@@ -43,6 +45,8 @@ class WorldModel:
         self.frame_size = list(tokenizer.frame_size)
         self.device = next(tokenizer.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.capture = capture and self.device.type == "cuda"
+        self.last = torch.zeros(0, device=self.device)  # no worlds yet
 
     @classmethod
     def load(cls, path, device="cpu", **settings):
@@ -87,24 +91,65 @@ class WorldModel:
         if actions is None:
             actions = self.lam.infer(video) if T > 1 else torch.zeros(B, 0, dtype=torch.long, device=self.device)
         tokens = self.tokenizer.encode(video)  # (B, T, N)
-        self.pixel_cache, self.cache = self.tokenizer.new_cache(), self.dynamics.new_cache()
-        self.tokenizer.decode(tokens, self.pixel_cache)
         led_to = self.dynamics.led_to(torch.as_tensor(actions, device=self.device))  # (B, T)
+        if len(self.last) != B:
+            self._make_room(tokens[:, -1], led_to[:, -1])
+        for cache in self.pixel_cache + self.cache:
+            cache.clear()
+        self.tokenizer.decode(tokens, self.pixel_cache)
         if T > 1:
             self.dynamics.prefill(tokens[:, :-1], led_to, self.cache)
-        self.last, self.last_action = tokens[:, -1], led_to[:, -1]
+        self.last.copy_(tokens[:, -1])
+        self.last_action.copy_(led_to[:, -1])
+
+    def _make_room(self, tokens, led_to):
+        """Memory for as many worlds as tokens (B, N); steps write in place, so a recorded step finds it again."""
+        self.pixel_cache, self.cache = self.tokenizer.new_cache(), self.dynamics.new_cache()
+        self.last, self.last_action, self.action = tokens.clone(), led_to.clone(), torch.zeros_like(led_to)
+        self.replay = None
+        if self.capture:
+            with torch.cuda.device(self.device):
+                self.replay = self._record()
+
+    def _record(self):
+        """Run `_advance` a few times, as the manual asks, record it as a CUDA graph, and put back the dice. → what replays it."""
+        dice, stream, graph, cached = self.generator.get_state(), torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(False)  # weights cast outside the graph would be gone when it is replayed
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self.frames = self._advance()
+        torch.set_autocast_cache_enabled(cached)
+        self.generator.set_state(dice)
+        return graph.replay
+
+    def _advance(self):
+        """One frame of every world, on the device: uint8 (B, H, W, 3)."""
+        tokens = self.dynamics.next_frame(
+            self.last, self.last_action, self.action, self.cache, self.steps, self.temperature, self.generator
+        )
+        self.last.copy_(tokens)
+        self.last_action.copy_(self.action)
+        frames = self.tokenizer.decode(tokens.unsqueeze(1), self.pixel_cache)[:, 0]  # (B, 3, H, W)
+        return ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def step(self, action):
         """action: an int or, for B worlds, (B,) → the next frame, uint8 (H, W, 3) or (B, H, W, 3), on the CPU."""
-        action = torch.as_tensor(action, device=self.device).reshape(-1).expand(len(self.last))
-        wrong = action[(action < 0) | (action >= self.n_actions)]
-        if len(wrong):
-            raise ValueError(f"action {int(wrong[0])} is not one of 0 … {self.n_actions - 1}")
-        tokens = self.dynamics.next_frame(
-            self.last, self.last_action, action, self.cache, self.steps, self.temperature, self.generator
-        )
-        self.last, self.last_action = tokens, action
-        frames = self.tokenizer.decode(tokens.unsqueeze(1), self.pixel_cache)[:, 0]  # (B, 3, H, W)
-        frames = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        action = torch.as_tensor(action).reshape(-1).expand(len(self.last))
+        if action.device.type == "cpu":  # a value on the device is not looked at: that would wait for it
+            wrong = action[(action < 0) | (action >= self.n_actions)]
+            if len(wrong):
+                raise ValueError(f"action {int(wrong[0])} is not one of 0 … {self.n_actions - 1}")
+        self.action.copy_(action)
+        if self.replay is None:
+            self.frames = self._advance()
+        else:
+            self.replay()
+        frames = self.frames.cpu().numpy()
         return frames[0] if self.single else frames

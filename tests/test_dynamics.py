@@ -57,9 +57,9 @@ def test_training_sees_what_play_sees(adaln):
     cache = model.new_cache()
     for t in range(1, 9):
         model.prefill(tokens[:, t - 1 : t], led_to[:, t - 1 : t + 1], cache)
-        hidden, cond = model.embed(torch.full((2, 1, 5), model.mask_index), led_to[:, t : t + 1])
-        played = model.head(model.transformer(hidden, cond, cache=cache))
-        assert torch.allclose(played[:, 0], trained[:, t - 1], atol=1e-4)
+        hidden = torch.full((2, 1, 5), model.mask_index)
+        played = model.head(model.states(hidden, model.condition(led_to[:, t : t + 1]), cache=cache))
+        assert torch.allclose(played[:, 0], trained[:, t - 1], atol=1e-5, rtol=0)
 
 
 def test_with_masked_context_a_frame_sees_the_masks_of_earlier_frames():
@@ -73,9 +73,9 @@ def test_with_masked_context_a_frame_sees_the_masks_of_earlier_frames():
     masked = torch.rand(2, 6, 5) < rate
     hidden = tokens.clone()
     hidden[:, 1:][masked] = model.mask_index
-    x, cond = model.embed(hidden, torch.cat([torch.full((2, 1), 4), actions], dim=1))
+    x, (_, modulations) = model.embed(hidden), model.condition(torch.cat([torch.full((2, 1), 4), actions], dim=1))
     assert len(seen) == 1 and torch.equal(seen[0], x)  # one pass over the masked clip, the first frame clean
-    logits = model.head(model.transformer(x, cond)[:, 1:])
+    logits = model.head(model.transformer(x, modulations)[:, 1:])
     assert torch.allclose(loss, F.cross_entropy(logits[masked], tokens[:, 1:][masked]), atol=1e-5)
 
 

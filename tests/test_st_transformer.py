@@ -29,22 +29,23 @@ def test_attention_reaches_back_context_length_frames_and_no_further():
 def test_cached_frames_equal_one_banded_pass():
     model, x = transformer(cond_dim=8), torch.randn(2, 15, 5, 32)
     cond = torch.randn(2, 15, 8)
-    whole, cache = model(x, cond), model.new_cache()
-    parts = [model(x[:, :3], cond[:, :3], cache=cache, finished=True)]  # three at once, then one by one
+    whole, cache = model(x, model.modulations(cond)), model.new_cache()
+    parts = [model(x[:, :3], model.modulations(cond[:, :3]), cache=cache, finished=True)]  # three at once, then one by one
     for t in range(3, 15):
-        model(torch.randn(2, 1, 5, 32), cond[:, t : t + 1], cache=cache)  # an unfinished frame leaves no trace
-        parts.append(model(x[:, t : t + 1], cond[:, t : t + 1], cache=cache, finished=True))
-        assert len(cache[0]) <= 3
-    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
+        now = model.modulations(cond[:, t : t + 1])
+        model(torch.randn(2, 1, 5, 32), now, cache=cache)  # an unfinished frame leaves no trace
+        parts.append(model(x[:, t : t + 1], now, cache=cache, finished=True))
+        assert cache[0].keys.shape == cache[0].values.shape == (10, 2, 3, 16)  # from the first frame on
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
 
 
 def test_adaln_with_zero_projection_is_the_plain_norm():
     x, cond = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 8)
     norm = AdaLN(16, cond_dim=8)
-    assert torch.equal(norm(x, cond), F.layer_norm(x, (16,)))
+    assert torch.equal(norm(x, norm.modulation(cond)), F.layer_norm(x, (16,)))
     torch.nn.init.normal_(norm.project.weight)
     gamma, beta = norm.project(cond)[:, :, None].chunk(2, dim=-1)
-    assert torch.allclose(norm(x, cond), F.layer_norm(x, (16,)) * (1 + gamma) + beta)
+    assert torch.allclose(norm(x, norm.modulation(cond)), F.layer_norm(x, (16,)) * (1 + gamma) + beta, atol=1e-6)
 
 
 def test_untrained_stack_is_the_identity_up_to_the_last_norm():
@@ -53,11 +54,11 @@ def test_untrained_stack_is_the_identity_up_to_the_last_norm():
 
 
 def test_rotation_makes_scores_depend_on_distance_only():
-    rotate = SpatioTemporalPositionalEncoding.rotate
+    rotate, rotation = SpatioTemporalPositionalEncoding.rotate, SpatioTemporalPositionalEncoding.rotation
     q, k = torch.randn(1, 8), torch.randn(1, 8)
 
     def score(i, j):
-        return (rotate(q, torch.tensor([float(i)])) * rotate(k, torch.tensor([float(j)]))).sum()
+        return (rotate(q, rotation(torch.tensor([i]), 8)) * rotate(k, rotation(torch.tensor([j]), 8))).sum()
 
     assert torch.allclose(score(5, 3), score(9, 7), atol=1e-5)
     assert abs(score(5, 3) - score(5, 4)) > 1e-3
