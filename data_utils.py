@@ -11,6 +11,8 @@ optional `episode_starts` int64; attributes fps, game, action_names.
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +22,23 @@ import torch
 from tqdm import tqdm
 
 from config import UserError
+from models.distributed import n_ranks, rank
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken video gets our one line, not the decoder's twenty
 import cv2  # noqa: E402
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".gif"}
 IN_MEMORY = 2 << 30  # bytes; a larger dataset is read clip by clip from disk
+
+
+@contextmanager
+def first_alone():
+    """The first process passes the block before the others, who then find the files that it has made."""
+    if rank() > 0:
+        torch.distributed.barrier()
+    yield
+    if rank() == 0 and n_ranks() > 1:
+        torch.distributed.barrier()
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -181,7 +194,8 @@ def open_footage(cfg) -> Footage:
         videos = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES) if kind == "folder" else [path]
         if not videos:
             raise UserError(f"no video in {path}; looked for {suffixes}")
-        path = convert_videos(videos, path.with_name(f"{path.name}.{cfg.frame_size}px.h5"), (cfg.frame_size, cfg.frame_size))
+        with first_alone():
+            path = convert_videos(videos, path.with_name(f"{path.name}.{cfg.frame_size}px.h5"), (cfg.frame_size, cfg.frame_size))
     try:
         file = h5py.File(path, "r")
     except OSError:
@@ -210,23 +224,51 @@ def n_buttons(footage):
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
-class Clips:
+class Batches:
+    """Random batches of whatever has a length and a `pick` by numbers. A thread prepares them one step ahead."""
+
+    def __init__(self, batch_size, seed):
+        self.batch_size, self.seed, self.pool, self.ahead = batch_size, seed, ThreadPoolExecutor(1), {}
+
+    def batch(self, step):
+        """The random batch of training step `step`; of K processes each gets its share of one draw."""
+        now, following = (step, self.batch_size), (step + 1, self.batch_size)
+        ahead = {key: self.ahead.get(key) or self.pool.submit(self._draw, *key) for key in (now, following)}
+        self.ahead = {following: ahead[following]}
+        return ahead[now].result()
+
+    def _draw(self, step, size):
+        chosen = np.random.default_rng([self.seed, step]).choice(len(self), size * n_ranks())
+        batch = self.pick(chosen[rank() * size : (rank() + 1) * size])
+        return tuple(x.pin_memory() if x is not None and torch.cuda.is_available() else x for x in batch)
+
+
+class Clips(Batches):
     """Clips of `length` frames from one part of the footage: "train" is all but the last `val_fraction`, "val" the rest."""
 
     def __init__(self, footage, part, length, batch_size=1, seed=0, val_fraction=0.1):
-        self.footage, self.length, self.batch_size, self.seed = footage, length, batch_size, seed
+        super().__init__(batch_size, seed)
+        self.footage, self.part, self.length = footage, part, length
         n = len(footage.frames)
         border = max(0, n - max(length, int(n * val_fraction)))
         low, high = (0, border) if part == "train" else (border, n)
         edges = [low, *sorted({int(start) for start in footage.episode_starts if low < start < high}), high]
-        self.starts = np.concatenate([np.arange(a, b - length + 1) for a, b in zip(edges, edges[1:])]).astype(int)
+        spans = list(zip(edges, edges[1:]))  # clips cross none of their borders
+        self.starts = np.concatenate([np.arange(a, b - length + 1) for a, b in spans]).astype(int)
         if len(self.starts) == 0:
-            longest = max(b - a for a, b in zip(edges, edges[1:]))
+            longest = max(b - a for a, b in spans)
             raise UserError(
                 f"{footage.name}: no clip of {length} frames fits into the {part} part, its longest episode has {longest} "
                 f"(of {n} frames in all); use longer footage, a smaller --context-length or, in validate.py, a larger --val-fraction"
             )
+        self.end_to_end = np.concatenate([np.arange(a, b - length + 1, length) for a, b in spans]).astype(int)
         self.n_frames = high - low
+
+    def __len__(self):
+        return len(self.starts)
+
+    def pick(self, numbers):
+        return self.at(self.starts[numbers])
 
     @property
     def frame_size(self):
@@ -239,19 +281,71 @@ class Clips:
             return frames, None
         return frames, torch.from_numpy(np.stack([self.footage.actions[s : s + self.length - 1] for s in starts]))
 
-    def batch(self, step):
-        """The random batch of training step `step`."""
-        return self.at(np.random.default_rng([self.seed, step]).choice(self.starts, self.batch_size))
-
     def spread(self, n):
         """Up to n clips, evenly spread over the part, apart by a clip's length where there is room."""
         n = max(1, min(n, self.n_frames // self.length))
         return self.at(self.starts[np.linspace(0, len(self.starts) - 1, n).astype(int)])
 
 
+class TokenClips(Batches):
+    """Clips as stages 1 and 2 see them: tokens (B, T, N) and actions (B, T-1), both int64, computed once per dataset.
+
+    Tokens depend on the frames before them in their clip, so clips are labelled whole. They lie end to end: each frame is computed once,
+    and the step from one clip to the next is not seen. label(frames uint8 (B, T, H, W, 3), buttons) → (tokens, actions). The result is
+    kept beside the footage, in FOOTAGE.train.tokens.h5; one that was made with other weights, named by `weights`, with
+    other footage or for clips of another length is made anew.
+    """
+
+    def __init__(self, clips, label, weights):
+        super().__init__(clips.batch_size, clips.seed)
+        self.clips, self.n_frames, source = clips, clips.n_frames, Path(clips.footage.name)
+        stat = source.stat() if source.is_file() else None  # the dummy world is no file: nothing is kept
+        path = source.with_suffix(f".{clips.part}.tokens.h5") if stat else None
+        key = json.dumps([weights, clips.length, len(clips.end_to_end), stat and (stat.st_size, stat.st_mtime_ns)])
+        with first_alone():
+            if not (path and path.exists() and self._load(path, key)):
+                self._make(label)
+                if path and rank() == 0:
+                    self._save(path, key)
+
+    def _load(self, path, key):
+        try:
+            with h5py.File(path, "r") as file:
+                if file.attrs.get("key") == key:
+                    self.tokens, self.actions = file["tokens"][:], file["actions"][:]
+                    return True
+        except (OSError, KeyError):
+            pass
+        print(f"{path} was made with other weights, other footage or another --context-length; making it anew")
+        return False
+
+    def _make(self, label):
+        batches = np.array_split(self.clips.end_to_end, -(-len(self.clips.end_to_end) // 32))
+        pairs = [label(*self.clips.at(starts)) for starts in tqdm(batches, desc=f"tokens of {self.clips.part}", unit="batch", leave=False)]
+        self.tokens, self.actions = (np.concatenate([x.cpu().numpy().astype("int32") for x in column]) for column in zip(*pairs))
+
+    def _save(self, path, key):
+        part = path.with_name(path.name + ".part")
+        try:
+            with h5py.File(part, "w") as file:
+                file["tokens"], file["actions"], file.attrs["key"] = self.tokens, self.actions, key
+            os.replace(part, path)
+        except OSError:  # no place to keep it; it stays in memory
+            part.unlink(missing_ok=True)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def pick(self, numbers):
+        return tuple(torch.from_numpy(x[numbers].astype("int64")) for x in (self.tokens, self.actions))
+
+    def frames(self, numbers):
+        return self.clips.at(self.clips.end_to_end[numbers])[0]
+
+
 def to_float(frames, device=None):
     """uint8 (B, T, H, W, 3) → float (B, T, 3, H, W) in [-1, 1] on the device: only bytes travel."""
-    return frames.to(device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    return frames.to(device, non_blocking=True).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
 
 
 def to_uint8(frames):

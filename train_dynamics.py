@@ -8,7 +8,7 @@ Out:  OUT/dynamics.pt; in OUT/dynamics/: metrics.jsonl, loss.png and pictures (t
     python train_dynamics.py --data-path data/pong.h5 --out checkpoints/true --actions true \\
         --video-tokenizer-path checkpoints/pong/tokenizer.pt    # the skyline: real buttons instead of latent actions
 
-Both earlier stages stay frozen and run on each batch; masks, loss and decoding are in models/dynamics.py.
+Both earlier stages stay frozen and run once over the footage (TokenClips in data_utils.py); masks, loss and decoding are in models/dynamics.py.
 """
 import shutil
 from pathlib import Path
@@ -18,13 +18,14 @@ import torch
 from tqdm import tqdm
 
 from config import DynamicsConfig, UserError, parse_config, print_user_errors
-from data_utils import n_buttons, open_footage, to_float
+from data_utils import TokenClips, n_buttons, open_footage, to_float
 from metrics import print_warnings
 from models.checkpoint import build_model, check_fit, fingerprint, load_checkpoint, save_checkpoint
+from models.distributed import rand
 from models.dynamics import DynamicsModel
 from models.world_model import WorldModel
-from pictures import grid, save_png
-from train_utils import Run, count_updates, make_optimizer, open_clips, rate_at, set_up, validation_logs
+from pictures import grid
+from train_utils import Run, make_optimizer, open_clips, plan, rate_at, set_up, validation_logs, wrap
 
 
 def load_frozen(cfg, clips, device):
@@ -41,6 +42,9 @@ def load_frozen(cfg, clips, device):
         if home.exists() and fingerprint(load_checkpoint(home, stage)) != fingerprint(saved[stage]):
             raise UserError(f"{home} is another {stage} than {files[stage]}; a world has one of each, so use another --out")
     sizes = saved["tokenizer"]["model_args"]
+    longest = min(checkpoint["model_args"]["context_length"] for checkpoint in saved.values())
+    if cfg.context_length > longest:
+        raise UserError(f"--context-length {cfg.context_length}, but {' and '.join(saved)} learned from clips of {longest}; use that, or train them with more")
     if sizes["frame_size"] != clips.frame_size:
         raise UserError(f"{files['tokenizer']} is for frames of {sizes['frame_size']}, the footage has {clips.frame_size}")
     (H, W), P = sizes["frame_size"], sizes["patch_size"]
@@ -65,19 +69,25 @@ def main(argv=None):
     device, autocast = set_up(cfg)
 
     # --- data
-    train, val = open_clips(open_footage(cfg), cfg)
+    clips = open_clips(open_footage(cfg), cfg)
 
-    # --- frozen stages
-    tokenizer, lam, sizes, frozen = load_frozen(cfg, train, device)
+    # --- frozen stages: they label the footage once
+    tokenizer, lam, sizes, frozen = load_frozen(cfg, clips[0], device)
+    inputs = {checkpoint["stage"]: fingerprint(checkpoint) for checkpoint in frozen}
+
+    @torch.no_grad()
+    def label(frames, buttons):
+        frames = to_float(frames, device)  # (B, T, 3, H, W)
+        with autocast():
+            return tokenizer.encode(frames), lam.infer(frames) if lam else buttons  # (B, T, N), (B, T-1)
+
+    train, val = (TokenClips(part, label, inputs) for part in clips)
 
     def batch_of(clips, step):
-        frames, buttons = clips.batch(step)
-        frames = to_float(frames, device)  # (B, T, 3, H, W)
-        with torch.no_grad(), autocast():
-            actions = lam.infer(frames) if lam else buttons.to(device)  # (B, T-1)
-            if cfg.actions == "random":
-                actions = torch.randint_like(actions, sizes["n_actions"])
-            return tokenizer.encode(frames), actions  # (B, T, N)
+        tokens, actions = (x.to(device, non_blocking=True) for x in clips.batch(step))
+        if cfg.actions == "random":
+            actions = (rand(*actions.shape, device=device) * sizes["n_actions"]).long()
+        return tokens, actions
 
     # --- model
     model_args = dict(
@@ -86,7 +96,7 @@ def main(argv=None):
         clean_context=cfg.context == "clean", adaln=cfg.conditioning == "adaln", token_kernel=cfg.token_kernel,
     )  # fmt: skip
     model = DynamicsModel(**model_args).to(device)
-    network = torch.compile(model) if cfg.compile else model
+    network = wrap(model, cfg)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {sizes['n_actions']} {cfg.actions} actions")
 
     # --- optimizer and schedule
@@ -98,15 +108,14 @@ def main(argv=None):
         loss.backward()
         optimizer.zero_grad()
 
-    n_updates = count_updates(cfg, train, trial)
+    n_updates = plan(cfg, train, trial)
     val_batches = [batch_of(val, i) for i in range(4)]
 
     # --- output folder and resume
     run = Run(cfg, "dynamics")
-    inputs = {checkpoint["stage"]: fingerprint(checkpoint) for checkpoint in frozen}
     first, n_updates = run.open(model, optimizer, n_updates, model_args=model_args, inputs=inputs)
     done = first
-    for checkpoint in frozen:  # a world is complete: bring stages that were trained elsewhere
+    for checkpoint in frozen if run.first else ():  # a world is complete: bring stages that were trained elsewhere
         home = Path(cfg.out) / f"{checkpoint['stage']}.pt"
         if not home.exists():
             save_checkpoint(home, checkpoint)
@@ -114,36 +123,38 @@ def main(argv=None):
             if checkpoint["stage"] == "lam" and table.exists():
                 shutil.copy(table, cfg.out)
     more = dict(
-        model_args=model_args, inputs=inputs, fps=train.footage.fps,
-        start_frames=val.spread(8)[0][:, :4].clone(), action_names=list(train.footage.action_names) if not lam else None,
+        model_args=model_args, inputs=inputs, fps=clips[0].footage.fps,
+        start_frames=clips[1].spread(8)[0][:, :4].clone(), action_names=list(clips[0].footage.action_names) if not lam else None,
     )  # fmt: skip
+    shown = np.linspace(0, len(val) - 1, 4).astype(int)
 
     # --- loop
-    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc="dynamics", mininterval=1)
+    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc="dynamics", mininterval=1, disable=not run.first)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, n_updates, cfg)
-        with autocast():
-            loss, logs = network(*batch_of(train, step))
-        loss.backward()
+        for part in range(cfg.accumulate):
+            network.require_backward_grad_sync = part == cfg.accumulate - 1  # DDP: processes meet once per step
+            with autocast():
+                loss, logs = network(*batch_of(train, step * cfg.accumulate + part))
+            (loss / cfg.accumulate).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        last = done == n_updates or run.stopped
+        last = done == n_updates or run.stopped(done)
         if done % 10 == 0 or last:
             run.log(done, loss=loss.detach(), grad_norm=norm, **logs)
             bar.set_postfix_str(f"loss {loss:.4f}, {logs['accuracy_changing']:.2f} of changed tokens", refresh=False)
         if done % cfg.sample_every == 0 or last:
             with torch.no_grad(), autocast():
-                logs = validation_logs(network, val_batches)
-                others = validation_logs(network, [(tokens, (actions + 1) % sizes["n_actions"]) for tokens, actions in val_batches])
+                logs = validation_logs(model, val_batches)
+                others = validation_logs(model, [(tokens, (actions + 1) % sizes["n_actions"]) for tokens, actions in val_batches])
             action_gain = others["val_loss"] / logs["val_loss"] - 1  # what it costs to be told wrong actions
             run.log(done, **logs, val_action_gain=action_gain)
-            world = WorldModel(tokenizer, lam, model.eval(), steps=cfg.steps, temperature=cfg.temperature)
-            picture = rollout_picture(world, val.batch(0)[0][:4], val_batches[0][1][:4])
-            save_png(picture, run.folder / f"step_{done:06d}.png")
+            world = WorldModel(tokenizer, lam, model.eval(), steps=cfg.steps, temperature=cfg.temperature, capture=False)
+            run.picture(done, rollout_picture(world, val.frames(shown), val.pick(shown)[1]))
             model.train()
         if done % cfg.save_every == 0 or last:
             run.save(model, optimizer, done, n_updates, **more)
@@ -151,6 +162,8 @@ def main(argv=None):
             break
 
     # --- finish
+    if not run.first:
+        return
     if done == n_updates > first:
         print_warnings({"dynamics/action_gain": action_gain})
     run.finish(done, n_updates, f"python play.py --checkpoint {cfg.out}")

@@ -18,8 +18,8 @@ from config import LatentActionConfig, parse_config, print_user_errors
 from data_utils import open_footage, to_float, to_uint8
 from metrics import print_warnings
 from models.latent_action_model import LatentActionModel
-from pictures import grid, save_png
-from train_utils import Run, count_updates, make_optimizer, open_clips, rate_at, set_up, validation_logs
+from pictures import grid
+from train_utils import Run, make_optimizer, open_clips, plan, rate_at, set_up, validation_logs, wrap
 
 
 def main(argv=None):
@@ -43,7 +43,7 @@ def main(argv=None):
         var_target=cfg.var_target, var_lambda=cfg.var_lambda,
     )  # fmt: skip
     model = LatentActionModel(**model_args).to(device)
-    network = torch.compile(model) if cfg.compile else model
+    network = wrap(model, cfg)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.n_actions} latent actions")
 
     # --- optimizer and schedule
@@ -55,7 +55,7 @@ def main(argv=None):
         loss.backward()
         optimizer.zero_grad()
 
-    n_updates = count_updates(cfg, train, trial)
+    n_updates = plan(cfg, train, trial)
     val_batches = [batch_of(val, i) for i in range(4)]
 
     # --- output folder and resume
@@ -64,34 +64,38 @@ def main(argv=None):
     done = first
 
     # --- loop
-    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc="lam", mininterval=1)
+    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc="lam", mininterval=1, disable=not run.first)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, n_updates, cfg)
-        with autocast():
-            loss, logs = network(*batch_of(train, step))
-        loss.backward()
+        for part in range(cfg.accumulate):
+            network.require_backward_grad_sync = part == cfg.accumulate - 1  # DDP: processes meet once per step
+            with autocast():
+                loss, logs = network(*batch_of(train, step * cfg.accumulate + part))
+            (loss / cfg.accumulate).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        last = done == n_updates or run.stopped
+        last = done == n_updates or run.stopped(done)
         if done % 10 == 0 or last:
             run.log(done, loss=loss.detach(), grad_norm=norm, **logs)
             bar.set_postfix_str(f"loss {loss:.3f}, {logs['error_over_copy']:.2f} of copy, {logs['codes_used']} codes", refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
             with torch.no_grad(), torch.random.fork_rng(), autocast():
-                run.log(done, **validation_logs(network, val_batches))
+                run.log(done, **validation_logs(model, val_batches))
                 predicted = model.predict(frames, model.infer(frames))
-            save_png(grid([to_uint8(f[:, -1]) for f in (frames[:, :-1], predicted, frames)]), run.folder / f"step_{done:06d}.png")
+            run.picture(done, grid([to_uint8(f[:, -1]) for f in (frames[:, :-1], predicted, frames)]))
         if done % cfg.save_every == 0 or last:
             run.save(model, optimizer, done, n_updates, model_args=model_args)
         if last:
             break
 
     # --- finish
+    if not run.first:
+        return
     with autocast():
         rows = write_action_table(run.path, val.spread(128)[0], device)
     print_warnings({"lam/error_over_copy": run.lines[-1]["val_error_over_copy"], "lam/n_actions": cfg.n_actions,

@@ -16,8 +16,8 @@ from config import TokenizerConfig, parse_config, print_user_errors
 from data_utils import open_footage, to_float, to_uint8
 from metrics import print_warnings
 from models.video_tokenizer import VideoTokenizer
-from pictures import grid, save_png
-from train_utils import Run, count_updates, make_optimizer, open_clips, rate_at, set_up, validation_logs
+from pictures import grid
+from train_utils import Run, make_optimizer, open_clips, plan, rate_at, set_up, validation_logs, wrap
 
 
 def main(argv=None):
@@ -38,7 +38,7 @@ def main(argv=None):
         n_heads=cfg.n_heads, n_blocks=cfg.n_blocks, levels=list(cfg.levels), context_length=cfg.context_length,
     )  # fmt: skip
     model = VideoTokenizer(**model_args).to(device)
-    network = torch.compile(model) if cfg.compile else model
+    network = wrap(model, cfg)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.quantizer.codebook_size:,} codes")
 
     # --- optimizer and schedule
@@ -50,7 +50,7 @@ def main(argv=None):
         loss.backward()
         optimizer.zero_grad()
 
-    n_updates = count_updates(cfg, train, trial)
+    n_updates = plan(cfg, train, trial)
     val_batches = [batch_of(val, i) for i in range(4)]
 
     # --- output folder and resume
@@ -59,34 +59,38 @@ def main(argv=None):
     done = first
 
     # --- loop
-    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc="tokenizer", mininterval=1)
+    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc="tokenizer", mininterval=1, disable=not run.first)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, n_updates, cfg)
-        with autocast():
-            loss, logs = network(*batch_of(train, step))
-        loss.backward()
+        for part in range(cfg.accumulate):
+            network.require_backward_grad_sync = part == cfg.accumulate - 1  # DDP: processes meet once per step
+            with autocast():
+                loss, logs = network(*batch_of(train, step * cfg.accumulate + part))
+            (loss / cfg.accumulate).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        last = done == n_updates or run.stopped
+        last = done == n_updates or run.stopped(done)
         if done % 10 == 0 or last:
             run.log(done, loss=loss.detach(), grad_norm=norm, **logs)
             bar.set_postfix_str(f"loss {loss:.5f}, {logs['psnr']:.1f} dB", refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
             with torch.no_grad(), torch.random.fork_rng(), autocast():
-                run.log(done, **validation_logs(network, val_batches))
+                run.log(done, **validation_logs(model, val_batches))
                 rebuilt = model.decode(model.encode(frames))
-            save_png(grid([to_uint8(frames[:, -1]), to_uint8(rebuilt[:, -1])]), run.folder / f"step_{done:06d}.png")
+            run.picture(done, grid([to_uint8(frames[:, -1]), to_uint8(rebuilt[:, -1])]))
         if done % cfg.save_every == 0 or last:
             run.save(model, optimizer, done, n_updates, model_args=model_args)
         if last:
             break
 
     # --- finish
+    if not run.first:
+        return
     print_warnings({"tokenizer/codes_used": run.lines[-1]["val_codes_used"]})
     run.finish(done, n_updates, f"python train_lam.py {run.data_option} --out {cfg.out}")
 

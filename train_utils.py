@@ -1,31 +1,76 @@
-"""What surrounds the training loop: device and dtype, the budget, the rate, the log, an interrupt. Nothing that learns."""
+"""What surrounds the training loop: device, dtype and processes, the budget, the rate, the log, an interrupt. Nothing that learns."""
+import atexit
+import ctypes
 import json
 import math
 import os
 import signal
+import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, make_folder
 from data_utils import Clips
 from models.checkpoint import load_checkpoint, save_checkpoint
-from pictures import save_curves
+from models.distributed import mean_over_ranks, n_ranks, rank
+from models.st_transformer import SpatioTemporalTransformer
+from pictures import save_curves, save_png
 
 
 def set_up(cfg):
-    """Seed everything; → (device, autocast: a context to run the model in, made anew by each call)."""
+    """Seed everything, join the other processes of torchrun; → (device, autocast: a context for the model, made anew by each call)."""
     torch.manual_seed(cfg.seed)
     device = torch.device(cfg.device)
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            cfg.device = str(device)
+        if not dist.is_initialized():
+            join_processes("nccl" if device.type == "cuda" else "gloo")
+        print(f"{n_ranks()} processes; a step sees {n_ranks() * cfg.accumulate * cfg.batch_size} clips")
+    if getattr(cfg, "fsdp", False) and n_ranks() == 1:
+        raise UserError("--fsdp shares the weights out over processes, but there is one; start with torchrun --nproc-per-node=K, or leave it out")
+    reuse_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    if n_ranks() > 1 and cfg.dtype == "auto":  # it is timed, and all must agree
+        choice = [fast_dtype(device)]
+        dist.broadcast_object_list(choice, device=device)
+        cfg.dtype = str(choice[0]).removeprefix("torch.")
     autocast = autocast_on(device, cfg.dtype)
     cfg.dtype = "bfloat16" if autocast.keywords["enabled"] else "float32"
     print(f"matrix products in {cfg.dtype}")
     return device, autocast
+
+
+def join_processes(backend):
+    """Become one of the processes that torchrun has started; the first speaks for all."""
+    try:
+        dist.init_process_group(backend, timeout=timedelta(hours=12))  # the others wait while the first reads videos
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes cannot talk over {backend} ({str(error).splitlines()[0]}); start without torchrun") from None
+    atexit.register(dist.destroy_process_group)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def reuse_memory():
+    """Tell malloc to keep large blocks (glibc only). By default it returns them, and each large tensor costs a page fault per 4 KiB again."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another system
+        return
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its maximum
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def autocast_on(device, dtype="auto"):
@@ -61,29 +106,74 @@ def open_clips(footage, cfg):
     return train, val
 
 
-def count_updates(cfg, train, trial):
-    """The budget as a number of updates. For --minutes, `trial()` (a forward and backward pass) is timed once."""
-    if cfg.n_updates:
-        return cfg.n_updates
-    if cfg.num_epochs:
-        return math.ceil(cfg.num_epochs * train.n_frames / (cfg.batch_size * cfg.context_length))
-    seconds = []
-    with torch.random.fork_rng():  # the trial must not change what follows
+def wrap(model, cfg):
+    """The model as the loop calls it: shared out (FSDP2), compiled, or one of several processes' (DDP). The weights stay `model`'s."""
+    for module in model.modules():
+        if isinstance(module, SpatioTemporalTransformer):
+            module.recompute = cfg.recompute
+    if getattr(cfg, "fsdp", False):
+        for block in model.transformer.blocks:
+            fully_shard(block)
+            register_fsdp_forward_method(block, "modulations")
+        fully_shard(model)
+        for name in ("prefill", "next_frame"):
+            register_fsdp_forward_method(model, name)
+    network = torch.compile(model) if cfg.compile else model
+    if n_ranks() > 1 and not getattr(cfg, "fsdp", False):
+        device = next(model.parameters()).device
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    return network
+
+
+def plan(cfg, train, trial):
+    """The budget as a number of updates. `trial()` is a forward and a backward pass: does it fit, and for --minutes, how long does it take?
+
+    Raises UserError if a batch does not fit into memory, naming the largest that does, or if --compile finds no compiler.
+    """
+    with torch.random.fork_rng():  # the trials must not change what follows
+        if not fits(trial):
+            good, bad = 0, cfg.batch_size
+            while n_ranks() == 1 and bad - good > 1:
+                train.batch_size = (good + bad) // 2
+                good, bad = (train.batch_size, bad) if fits(trial) else (good, train.batch_size)
+            remedy = f"{good} does; --accumulate makes up for it" if good else "take a smaller one, or a smaller model"
+            raise UserError(f"--batch-size {cfg.batch_size} does not fit into the memory of {cfg.device}; {remedy}")
+        if cfg.n_updates:
+            return cfg.n_updates
+        if cfg.num_epochs:
+            return math.ceil(cfg.num_epochs * train.n_frames / (cfg.batch_size * cfg.context_length * cfg.accumulate * n_ranks()))
+        seconds = []
         for _ in range(32):
             began = time.perf_counter()
             trial()
             if cfg.device != "cpu":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
-    typical = sorted(seconds[16:])[8]  # the first dozen can be twice as slow: memory is new
+    typical = sorted(seconds[16:])[8] * cfg.accumulate  # the first dozen can be twice as slow: memory is new
+    typical = float(mean_over_ranks(torch.tensor(typical, device=cfg.device)))
     return max(1, int(60 * cfg.minutes / (1.1 * typical)))  # a tenth for optimizer, validation and pictures
+
+
+def fits(trial):
+    """Run trial(); False if it runs out of memory."""
+    try:
+        trial()
+        return True
+    except (torch.OutOfMemoryError, MemoryError):
+        return False
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise UserError(f"--compile does not work here ({str(error).splitlines()[0]}); install a C++ compiler, or leave it out") from None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        return False
 
 
 def make_optimizer(model, cfg):
     """AdamW for everything (the article), or Muon for the matrices of the transformer blocks and AdamW for the rest."""
     adamw = partial(torch.optim.AdamW, lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     if cfg.optimizer == "adamw":
-        return adamw(model.parameters())
+        return Optimizers(adamw(model.parameters()))
     matrices = {name: p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2}
     others = [p for name, p in model.named_parameters() if name not in matrices]
     # Muon steps along the nearest orthogonal matrix; match_rms_adamw scales it so that AdamW's learning rate fits (arXiv:2502.16982)
@@ -91,8 +181,22 @@ def make_optimizer(model, cfg):
     return Optimizers(muon, adamw(others))
 
 
+def whole(state):
+    """A state dict (or any nest of dicts and lists) with every tensor that FSDP has shared out put together again."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    return state.full_tensor() if isinstance(state, DTensor) else state
+
+
+def part_of(tensor, like):
+    """This process's part of a whole tensor, where `like` is shared out over processes."""
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+
+
 class Optimizers:
-    """Several optimizers behind the interface of one."""
+    """Several optimizers behind the interface of one. Their state is saved whole, however many processes share it."""
 
     def __init__(self, *optimizers):
         self.optimizers = optimizers
@@ -107,10 +211,13 @@ class Optimizers:
             optimizer.zero_grad()
 
     def state_dict(self):
-        return [optimizer.state_dict() for optimizer in self.optimizers]
+        return whole([optimizer.state_dict() for optimizer in self.optimizers])
 
     def load_state_dict(self, states):
-        for optimizer, state in zip(self.optimizers, states, strict=True):
+        for optimizer, state in zip(self.optimizers, states if isinstance(states, list) else [states], strict=True):
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            for i, values in state["state"].items():
+                state["state"][i] = {k: part_of(v, weights[i]) if v.shape == weights[i].shape else v for k, v in values.items()}
             optimizer.load_state_dict(state)
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
@@ -124,13 +231,14 @@ def rate_at(step, n_updates, cfg):
 def validation_logs(model, batches):
     """The mean of loss and logs over a fixed list of batches, with the same masks every time."""
     model.eval()
-    total = {}
+    total = {}  # over batches, and of each the mean over processes
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for batch in batches:
             loss, logs = model(*batch)
             for name, value in {"loss": loss, **logs}.items():
-                total[f"val_{name}"] = total.get(f"val_{name}", 0.0) + float(value) / len(batches)
+                value = torch.as_tensor(value, dtype=torch.float32, device=loss.device)
+                total[f"val_{name}"] = total.get(f"val_{name}", 0.0) + float(mean_over_ranks(value)) / len(batches)
     model.train()
     return total
 
@@ -141,7 +249,7 @@ class Run:
     def __init__(self, cfg, stage):
         self.cfg, self.stage = cfg, stage
         self.folder, self.path = Path(cfg.out) / stage, Path(cfg.out) / f"{stage}.pt"
-        self.stopped, self.lines = False, []
+        self.interrupted, self.lines, self.first = False, [], rank() == 0
         dummy = cfg.use_dummy_data or cfg.data_type == "dummy"
         self.data_option = "--use-dummy-data" if dummy else f"--data-path {cfg.data_path}"  # for the next command
 
@@ -164,33 +272,49 @@ class Run:
                 raise UserError(f"cannot resume {self.path}: it was planned for {planned} updates, not {self.cfg.n_updates}; use that")
             if "optimizer" not in saved:
                 raise UserError(f"cannot resume {self.path}: a shipped world has no optimizer state; train into another --out")
-            model.load_state_dict(saved["model"])
+            own = model.state_dict()
+            model.load_state_dict({name: part_of(weight, own[name]) for name, weight in saved["model"].items()})
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"]["cpu"])
             if saved["rng"]["cuda"] is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(saved["rng"]["cuda"])
             step, n_updates = saved["step"], planned
             print(f"resuming {self.path} at step {step:,} of {n_updates:,}")
-        make_folder(self.folder)
-        for picture in () if step else self.folder.glob("step_*.png"):  # of an earlier training
-            picture.unlink()
-        log = self.folder / "metrics.jsonl"
-        if step and log.exists():
-            self.lines = [line for line in map(json.loads, (x for x in log.read_text().splitlines() if x.endswith("}"))) if line["step"] <= step]
-        log.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if self.first:
+            make_folder(self.folder)
+            for picture in () if step else self.folder.glob("step_*.png"):  # of an earlier training
+                picture.unlink()
+            log = self.folder / "metrics.jsonl"
+            if step and log.exists():
+                lines = map(json.loads, (line for line in log.read_text().splitlines() if line.endswith("}")))
+                self.lines = [line for line in lines if line["step"] <= step]
+            log.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave; a second signal stops at once
-            signal.signal(number, self.stop)
+            signal.signal(number, self.interrupt)
         return step, n_updates
 
-    def stop(self, number, frame):
-        self.stopped = True
+    def interrupt(self, number, frame):
+        self.interrupted = True
         signal.signal(number, signal.SIG_DFL)
 
+    def stopped(self, done):
+        """Has somebody asked to stop? Several processes agree on it every ten steps."""
+        if n_ranks() == 1 or done % 10:
+            return self.interrupted and n_ranks() == 1
+        return float(mean_over_ranks(torch.tensor(float(self.interrupted), device=self.cfg.device))) > 0
+
     def log(self, step, **values):
-        line = {"step": step, **{name: round(float(value), 6) for name, value in values.items()}}
+        """Write a line of numbers, each the mean over processes."""
+        numbers = torch.tensor([float(whole(value)) for value in values.values()], device=self.cfg.device)
+        line = {"step": step, **{name: round(value, 6) for name, value in zip(values, mean_over_ranks(numbers).tolist())}}
         self.lines.append(line)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.first:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def picture(self, step, picture):
+        if self.first:
+            save_png(picture, self.folder / f"step_{step:06d}.png")
 
     def curves(self):
         save_curves(self.lines, self.folder / "loss.png")
@@ -199,12 +323,13 @@ class Run:
         rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
         config = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self.cfg).items()}
         metrics = self.lines[-1] if self.lines else {}
-        save_checkpoint(
-            self.path,
-            dict(stage=self.stage, config=config, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                 step=step, n_updates=n_updates, rng=rng, metrics=metrics, **more),
-        )  # fmt: skip
-        self.curves()
+        checkpoint = dict(stage=self.stage, config=config, model=whole(model.state_dict()), optimizer=optimizer.state_dict(),
+                          step=step, n_updates=n_updates, rng=rng, metrics=metrics, **more)  # fmt: skip
+        if self.first:
+            save_checkpoint(self.path, checkpoint)
+            self.curves()
+        if n_ranks() > 1:
+            dist.barrier()  # what one has saved, the others may read
 
     def finish(self, done, n_updates, next_command):
         """Say what there is now and what to type next."""

@@ -23,7 +23,7 @@ from models.checkpoint import MODELS, build_model, check_fit, load_checkpoint
 from models.latent_action_model import LatentActionsEncoder
 from models.world_model import WorldModel
 from pictures import enlarge, grid, labelled_grid, save_png, save_video
-from train_utils import autocast_on, make_optimizer, rate_at
+from train_utils import autocast_on, make_optimizer, rate_at, reuse_memory
 from video_features import i3d_features, load_i3d, smallnet_features
 
 CONTEXT, HORIZON = 4, 16  # frames that a rollout is given, and frames that it plays
@@ -222,6 +222,7 @@ def main(argv=None):
 
     # --- checkpoints: which stages are there
     device, path = choose_device(args.device), Path(args.checkpoint)
+    reuse_memory()
     if not path.exists():
         raise UserError(f"no such checkpoint: {path}; give a world's folder or one of its .pt files")
     found = [stage for stage in MODELS if path.is_dir() and (path / f"{stage}.pt").exists() or path.name == f"{stage}.pt"]

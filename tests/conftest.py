@@ -5,6 +5,7 @@ import torch
 import train_dynamics
 import train_lam
 import train_tokenizer
+from data_utils import DatasetWriter, dummy_world
 
 SIZES = dict(embed_dim=32, hidden_dim=64, n_heads=2, n_blocks=2, context_length=4)
 
@@ -16,6 +17,16 @@ def randomise(model, seed=0):
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory):
+    """A short recording of the dummy world, with its buttons, in a file."""
+    path = tmp_path_factory.mktemp("data") / "dummy.h5"
+    names = ["stay", "left", "right", "up", "down"]
+    with DatasetWriter(path, (64, 64), with_actions=True, fps=15.0, action_names=names) as writer:
+        writer.append(*dummy_world(1000))
+    return str(path)
 
 
 @pytest.fixture(scope="session")

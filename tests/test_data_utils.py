@@ -4,11 +4,12 @@ import cv2
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data_utils
 from config import UserError
-from data_utils import Clips, DatasetWriter, Footage, dummy_world, held_actions, open_footage, to_float, to_uint8
+from data_utils import Clips, DatasetWriter, Footage, TokenClips, dummy_world, held_actions, open_footage, to_float, to_uint8
 
 
 def options(path, **changes):
@@ -190,3 +191,37 @@ def test_conversion_to_the_model_s_range_and_back():
     video = to_float(torch.from_numpy(frames))
     assert video.shape == (2, 3, 3, 4, 5) and video.min() >= -1 and video.max() <= 1
     assert (to_uint8(video).numpy() == frames).all()
+
+
+def test_tokens_are_computed_once_per_dataset_and_anew_for_other_weights_or_footage(tmp_path, capsys):
+    path, calls = tmp_path / "game.h5", []
+
+    def record(n):
+        with DatasetWriter(path, (16, 16), with_actions=True) as writer:
+            writer.append(np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8), np.arange(n) % 5)
+            writer.starts = [0, 30]
+
+    def label(frames, buttons):  # the token of a frame is its number, the action what was pressed
+        calls.append(len(frames))
+        return frames[:, :, 0, :4, 0].long(), buttons
+
+    def tokens(part, weights="a"):
+        return TokenClips(Clips(open_footage(options(path)), part, 4, batch_size=6, seed=1), label, weights)
+
+    record(100)
+    train = tokens("train")
+    assert train.tokens[:, 0, 0].tolist() == [*range(0, 27, 4), *range(30, 87, 4)]  # end to end, within episodes, without the last tenth
+    chosen, actions = train.batch(3)
+    assert chosen.shape == (6, 4, 4) and actions.shape == (6, 3) and chosen.dtype == torch.int64
+    assert (actions == chosen[:, :-1, 0] % 5).all() and (chosen[:, 1:] - chosen[:, :-1] == 1).all()
+    assert (train.frames([2])[0, :, 0, 0, 0] == torch.tensor([8, 9, 10, 11])).all()
+    n = len(calls)
+    assert torch.equal(tokens("train").batch(3)[0], chosen) and len(calls) == n  # from the file
+    assert len(tokens("val").tokens) == 2 and len(calls) == n + 1  # the other part has a file of its own
+    capsys.readouterr()
+    tokens("train", "b")
+    assert len(calls) == n + 2 and "game.train.tokens.h5 was made with other weights" in capsys.readouterr().out
+    record(104)
+    assert len(tokens("train", "b").tokens) == 7 + 16 and len(calls) == n + 3
+    (tmp_path / "game.train.tokens.h5").write_bytes(b"cut short")
+    assert torch.equal(tokens("train", "b").batch(3)[0], tokens("train", "b").batch(3)[0]) and len(calls) == n + 4

@@ -15,11 +15,12 @@ import train_dynamics
 import train_lam
 import train_tokenizer
 from config import PRESETS, LatentActionConfig, UserError, parse_config
-from data_utils import Clips, DatasetWriter, Footage, dummy_world, to_float
+from data_utils import Batches, Clips, DatasetWriter, Footage, dummy_world, to_float
 from models.checkpoint import CheckpointError, build_model, load_checkpoint
 from models.dynamics import DynamicsModel
+from models.latent_action_model import LatentActionModel
 from models.world_model import WorldModel
-from train_utils import Run, count_updates, make_optimizer
+from train_utils import Run, make_optimizer, plan
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}
@@ -54,8 +55,8 @@ def test_a_checkpoint_gives_the_outputs_of_the_model_that_was_trained(world_dir,
     assert losses[0] == losses[1]
 
 
-def test_the_gpu_preset_runs_in_small(tmp_path):
-    small = ["--use-dummy-data", "--preset", "gpu", "--device", "cpu", "--n-updates", "1", "--batch-size", "2", "--out", str(tmp_path)]
+def test_the_gpu_preset_runs_in_small(recording, tmp_path):
+    small = ["--data-path", recording, "--preset", "gpu", "--device", "cpu", "--n-updates", "1", "--batch-size", "2", "--context-length", "4", "--out", str(tmp_path)]
     for script in SCRIPTS.values():
         script.main(small)
     world = WorldModel.load(tmp_path)
@@ -122,13 +123,13 @@ def test_settings_come_from_the_command_line_then_the_preset_then_the_default(ca
 
 def test_every_budget_becomes_a_number_of_updates():
     clips = Clips(Footage(np.zeros((1000, 2, 2, 3), np.uint8)), "train", 10)  # 900 frames
-    given = dict(n_updates=0, num_epochs=0, minutes=0, batch_size=6, context_length=10, device="cpu")
+    given = dict(n_updates=0, num_epochs=0, minutes=0, batch_size=6, context_length=10, accumulate=1, device="cpu")
 
-    def count(trial=None, **budget):
-        return count_updates(Namespace(**{**given, **budget}), clips, trial)
+    def count(trial=lambda: None, **budget):
+        return plan(Namespace(**{**given, **budget}), clips, trial)
 
     assert count(n_updates=7) == 7
-    assert count(num_epochs=2) == 30  # 2 · 900 frames, 60 a step
+    assert count(num_epochs=2) == 30 and count(num_epochs=2, accumulate=3) == 10  # 2 · 900 frames, 60 a step, or 180
     before = torch.get_rng_state()
     updates = count(lambda: (torch.rand(3), time.sleep(0.02)), minutes=1)
     assert 60 / 0.02 * 0.5 < updates <= 60 / 0.02  # a tenth is kept for the rest; a busy machine sleeps longer
@@ -211,4 +212,46 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     rest = {id(p) for p in adamw.param_groups[0]["params"]}
     assert id(model.head.weight) in rest and id(model.embed_action.weight) in rest
     assert len(rest) + per_block * SIZES["n_blocks"] == len(list(model.parameters()))
-    assert isinstance(make_optimizer(model, Namespace(optimizer="adamw", learning_rate=1e-3)), torch.optim.AdamW)
+    (adamw,) = make_optimizer(model, Namespace(optimizer="adamw", learning_rate=1e-3)).optimizers
+    assert isinstance(adamw, torch.optim.AdamW) and len(adamw.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+def test_a_batch_that_does_not_fit_names_the_largest_that_does(tmp_path, monkeypatch):
+    forward = LatentActionModel.forward
+
+    def small_memory(self, frames):
+        if len(frames) > 11:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, frames)
+
+    monkeypatch.setattr(LatentActionModel, "forward", small_memory)
+    with pytest.raises(UserError, match="--batch-size 16 does not fit into the memory of cpu; 11 does"):
+        train_lam.main([*TINY, "--out", str(tmp_path / "w"), "--batch-size", "16"])
+    assert not (tmp_path / "w").exists()
+    train_lam.main([*TINY, "--out", str(tmp_path / "w"), "--batch-size", "11", "--n-updates", "2"])
+
+
+def test_accumulated_batches_learn_as_one_of_their_size(tmp_path, monkeypatch):
+    """Two passes of 4 clips against one of 8, the same clips: the tokenizer's loss is a mean over clips."""
+    weights = []
+    draw = Batches._draw
+
+    def halves(self, step, size):  # step 2k and 2k + 1 of size 4 are the halves of step k of size 8
+        if size == 8:
+            return draw(self, step, size)
+        frames, buttons = draw(self, step // 2, 8)
+        return frames[4 * (step % 2) :][:4], buttons[4 * (step % 2) :][:4]
+
+    monkeypatch.setattr(Batches, "_draw", halves)
+    for options in (["--batch-size", "8"], ["--batch-size", "4", "--accumulate", "2"], ["--batch-size", "8", "--recompute"]):
+        train_tokenizer.main([*TINY, "--out", str(tmp_path / "w"), "--n-updates", "4", "--dtype", "float32", "--learning-rate", "1e-3", *options])
+        weights.append(torch.load(tmp_path / "w/tokenizer.pt", weights_only=True)["model"]["to_latent.weight"])
+    assert torch.allclose(weights[0], weights[1], atol=1e-5) and torch.allclose(weights[0], weights[2], atol=1e-6)
+
+
+def test_the_context_must_not_be_longer_than_the_stages_before_have_seen(world_dir, tmp_path):
+    files = ["--video-tokenizer-path", f"{world_dir}/tokenizer.pt", "--lam-path", f"{world_dir}/lam.pt"]
+    with pytest.raises(UserError, match="--context-length 6, but tokenizer and lam learned from clips of 4; use that"):
+        train_dynamics.main([*TINY, *files, "--out", str(tmp_path / "w"), "--context-length", "6"])
+    with pytest.raises(UserError, match="--fsdp shares .* there is one; start with torchrun"):
+        train_dynamics.main([*TINY, *files, "--out", str(tmp_path / "w"), "--fsdp"])

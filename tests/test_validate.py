@@ -66,7 +66,7 @@ def test_a_world_that_ignores_its_keys_is_reported(world_dir, tmp_path, capsys):
         shutil.copy(Path(world_dir) / name, tmp_path)
     train_dynamics.main(["--use-dummy-data", "--preset", "tiny", "--out", str(tmp_path), "--n-updates", "1"])
     assert "warning: dynamics/action_gain is" in capsys.readouterr().out
-    validate.main(["--checkpoint", str(tmp_path), "--use-dummy-data", "--clips", "8"])
+    validate.main(["--checkpoint", str(tmp_path), "--use-dummy-data", "--val-fraction", "1.0", "--clips", "8"])
     assert "warning: dynamics/delta_psnr_t4 is" in capsys.readouterr().out
 
 
