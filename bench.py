@@ -1,0 +1,296 @@
+"""Speed, measured on the spot: training, play, memory, and how the cost of a frame grows. About two minutes on two cores.
+
+    python bench.py --json results/bench.json
+    python bench.py --peer-size --peer ../tinyworlds    # at the sizes of a public peer, and the peer itself in the same run
+
+Models have random weights and the footage is the dummy world: speed does not depend on either. Training steps are whole ones (data,
+forward, backward, clipping, optimizer); utilisation is their matrix-product FLOPs per second over what this machine reaches on one large
+product, measured first. Numbers are medians. Machines are noisy: compare ratios of one run, not numbers of two.
+"""
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import PRESETS, DynamicsConfig, Parser, TokenizerConfig, UserError, choose_device, make_folder, print_user_errors
+from data_utils import Clips, Footage, TokenClips, dummy_world, to_float
+from models.dynamics import DynamicsModel
+from models.latent_action_model import LatentActionModel
+from models.st_transformer import SpatioTemporalTransformer, causal_band
+from models.video_tokenizer import VideoTokenizer
+from models.world_model import WorldModel
+from play import DEFAULT
+from speedrun import describe_device, git_commit
+from train_utils import autocast_on, make_optimizer, reuse_memory, wrap
+
+PEER = dict(batch_size=8, context_length=4, embed_dim=128, hidden_dim=512, n_heads=4, n_blocks=4, steps=10, temperature=1.0)
+
+
+def seconds(action, device, repeats=12, warm_up=4):
+    """Sorted durations of `repeats` calls, once warm."""
+    durations = []
+    for i in range(warm_up + repeats):
+        began = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        durations.append(time.perf_counter() - began)
+    return sorted(durations[warm_up:])
+
+
+def median(values):
+    return values[len(values) // 2]
+
+
+def ceiling(device, dtype):
+    """FLOPs per second of one large matrix product."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, dtype=dtype, device=device)
+    return 2 * n**3 / seconds(lambda: a @ a, device, repeats=20)[0]
+
+
+def build(settings, device):
+    """The three models with the sizes of a preset, or of the peer: settings(stage, name) → value."""
+    def sizes(stage):  # fmt: skip
+        names = ("embed_dim", "hidden_dim", "n_heads", "n_blocks", "context_length")
+        return {name: settings(stage, name) for name in names}
+
+    frames = dict(frame_size=[64, 64], patch_size=8)
+    levels = list(TokenizerConfig.levels)
+    return {
+        "tokenizer": VideoTokenizer(levels=levels, **frames, **sizes("tokenizer")).to(device),
+        "lam": LatentActionModel(n_actions=8, **frames, **sizes("lam")).to(device),
+        "dynamics": DynamicsModel(grid=[8, 8], levels=levels, n_actions=8, **sizes("dynamics")).to(device),
+    }
+
+
+def bench_training(models, cfg, device, autocast, ceilings):
+    """Whole training steps of each stage, and of the dynamics model also without the token cache."""
+    result, waits = {}, []
+    clips = Clips(Footage(*dummy_world(), name="dummy"), "train", cfg.context_length, cfg.batch_size)
+    tokenizer, lam = models["tokenizer"], models["lam"]
+
+    @torch.no_grad()
+    def label(frames, _):
+        video = to_float(frames, device)
+        with autocast():
+            return tokenizer.eval().encode(video), lam.eval().infer(video)
+
+    began = time.perf_counter()
+    labelled = TokenClips(clips, label, "")
+    result["train/labelling_frames_per_s"] = labelled.tokens.shape[0] * cfg.context_length / (time.perf_counter() - began)
+    batches = {
+        "tokenizer": (clips, lambda frames, _: (to_float(frames, device),)),
+        "lam": (clips, lambda frames, _: (to_float(frames, device),)),
+        "dynamics": (labelled, lambda *batch: tuple(x.to(device, non_blocking=True) for x in batch)),
+        "dynamics_uncached": (clips, label),
+    }
+    for name, (source, prepare) in batches.items():
+        model = models[name.removesuffix("_uncached")].train()
+        network, optimizer, counter = wrap(model, cfg), make_optimizer(model, cfg), iter(range(10**9))
+        waited = []
+
+        def step(source=source, prepare=prepare, network=network, optimizer=optimizer, counter=counter, waited=waited, model=model):
+            began = time.perf_counter()
+            batch = source.batch(next(counter))
+            waited.append(time.perf_counter() - began)
+            batch = prepare(*batch)
+            model.train()
+            with autocast():
+                loss, _ = network(*batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        durations = seconds(step, device)
+        typical = median(durations)
+        frames = cfg.batch_size * cfg.context_length
+        waits.append(sum(waited[4:]) / sum(durations))
+        result |= {f"train/{name}_frames_per_s": frames / typical, f"train/{name}_tokens_per_s": 64 * frames / typical}
+        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):  # fused attention on a CPU would not be counted
+            step()
+        result[f"train/{name}_gflops"] = flops.get_total_flops() / typical / 1e9
+        result[f"train/{name}_utilisation"] = flops.get_total_flops() / typical / ceilings["bfloat16" if autocast.keywords["enabled"] else "float32"]
+    return result | {"train/data_wait": max(waits)}
+
+
+def bench_play(models, cfg, device, autocast, age):
+    """Frames per second for 1, 8 and 64 worlds at once; latency, young and old; the shipped world as it is."""
+    result, frames = {}, torch.from_numpy(dummy_world(300)[0])
+
+    def make_world():
+        return WorldModel(*(models[stage].eval() for stage in ("tokenizer", "lam", "dynamics")), steps=cfg.steps, temperature=cfg.temperature)
+
+    world = make_world()
+    for n in (1, 8, 64):
+        with autocast_on(device, "float32")() if n == 1 else autocast():  # bfloat16 pays from a few worlds on
+            world.reset(torch.stack([frames[i : i + 4] for i in range(n)]))
+            times = seconds(lambda n=n: world.step([1] * n), device, repeats={1: 200, 8: 20, 64: 6}[n])
+        result[f"play/fps_b{n}"] = n / median(times)
+        if n == 1:
+            result |= {"play/latency_p50_ms": 1e3 * median(times), "play/latency_p99_ms": 1e3 * times[int(0.99 * len(times))]}
+    result["play/batch_gain_b64"] = result["play/fps_b64"] / result["play/fps_b1"]
+    old, young = make_world(), make_world()
+    for world in (old, young):
+        world.reset(frames[:4])
+        for _ in range(10):
+            world.step(1)
+    memory = memory_now(device)
+    for _ in range(age - 64):
+        old.step(1)
+    pairs = [[seconds(lambda world=world: world.step(1), device, repeats=1, warm_up=0)[0] for world in (young, old)] for _ in range(50)]  # in turn
+    result |= {f"play/latency_frame_{n}_ms": 1e3 * median(sorted(times)) for n, times in zip((20, age), zip(*pairs))}
+    result["play/memory_growth_mb"] = memory_now(device) - memory
+    shipped = WorldModel.load(DEFAULT, device)
+    shipped.reset(shipped.start_frames[0])
+    return result | {"play/shipped_fps": 1 / median(seconds(lambda: shipped.step(1), device, repeats=100))}
+
+
+def bench_growth(device):
+    """One pass for a new frame (E 128, 4 blocks), as a function of the frames in its window and of the patches in a frame.
+
+    Time is a + b·T: attention over time takes over where b·T = a. It is a + b·N + c·N²: attention in space takes over where c·N² = b·N.
+    """
+    times = {}
+    for T, N in [(8, 64), (16, 64), (32, 64), (64, 64), (8, 256), (8, 1024)]:
+        model = SpatioTemporalTransformer(128, 512, 4, 4, T).to(device).eval()
+        cache = model.new_cache()
+        with torch.no_grad():
+            model(torch.randn(1, T - 1, N, 128, device=device), cache=cache, finished=True)
+            x = torch.randn(1, 1, N, 128, device=device)
+            times[T, N] = median(seconds(lambda model=model, x=x, cache=cache: model(x, cache=cache), device, repeats=60))
+    T, N = np.array([8, 16, 32, 64]), np.array([64, 256, 1024])
+    over_T, over_N = np.array([times[t, 64] for t in T]), np.array([times[8, n] for n in N])
+    (slope, start), (square, linear, _) = np.polyfit(T, over_T, 1), np.polyfit(N, over_N, 2)
+    return {f"growth/pass_T{t}_N{n}_ms": 1e3 * value for (t, n), value in times.items()} | {
+        "growth/exponent_T": float(np.polyfit(np.log(T), np.log(over_T), 1)[0]),
+        "growth/exponent_N": float(np.polyfit(np.log(N), np.log(over_N), 1)[0]),
+        "growth/time_takes_over_at_T": float(start / slope),
+        "growth/space_takes_over_at_N": float(linear / square),
+    }
+
+
+def bench_attention(device):
+    """Fused over plain attention, forward and backward, as ratios of time: what `attend` in models/st_transformer.py decides by."""
+    result = {}
+    shapes = {"space_64": ((32, 4, 64, 32), None), **{f"time_{T}": ((512, 4, T, 32), causal_band(T, T, T, device)) for T in (4, 8, 16, 32)}}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, (shape, mask) in shapes.items():
+            q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+
+            def plain(q=q, k=k, v=v, mask=mask):
+                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+                scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+                (scores.softmax(dim=-1) @ v).sum().backward()
+
+            def fused(q=q, k=k, v=v, mask=mask):
+                F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
+
+            result[f"attention/{name}_{str(dtype)[6:]}_fused_over_plain"] = median(seconds(fused, device)) / median(seconds(plain, device))
+    return result
+
+
+def peak_memory(device):
+    """Megabytes: of the GPU, or of the process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def memory_now(device):
+    """Megabytes: of the GPU, or of the process (Linux; elsewhere the peak must do)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated() / 2**20
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() / 2**20 if statm.exists() else peak_memory(device)
+
+
+def bench_peer(folder):
+    """extras/peer.py in a process of its own: its packages have the same names as ours."""
+    script = Path(__file__).parent / "extras" / "peer.py"
+    result = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"--peer {folder} cannot be measured: {(result.stderr.strip().splitlines() or ['no output'])[-1]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def table(report):
+    """The README's table of speed, from a run with --peer-size and --peer."""
+    rows = {
+        "training: tokenizer": "train/tokenizer_frames_per_s",
+        "training: latent actions": "train/lam_frames_per_s",
+        "training: dynamics, tokens computed once": "train/dynamics_frames_per_s",
+        "training: dynamics, tokens computed for each batch": "train/dynamics_uncached_frames_per_s",
+        "play: one world": "play/fps_b1",
+        "play: 64 worlds at once": "play/fps_b64",
+    }
+    lines = ["| frames per second | here | tinyworlds | ratio |", "|---|---|---|---|"]
+    for what, name in rows.items():
+        peer = [f"{report[f'peer/{name}']:.3g}", f"{report[f'ratio/{name}']:.2g}"] if f"peer/{name}" in report else ["", ""]
+        lines.append(f"| {what} | " + " | ".join([f"{report[name]:.3g}", *peer]) + " |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--preset", default="", help="sizes to measure at [what the device suggests]")
+    parser.add_argument("--peer-size", action="store_true", help="64×64, patch 8, E 128, hidden 512, 4 blocks, 8 clips of 4 frames, 10 MaskGIT passes")
+    parser.add_argument("--peer", default="", metavar="FOLDER", help="a clone of tinyworlds to measure in the same run")
+    parser.add_argument("--age", type=int, default=1000, help="frame whose latency is compared with frame 20's [1000]")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", default="", metavar="FILE")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv)
+    device = choose_device(args.device)
+    preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    if args.age < 100:
+        raise UserError(f"--age must be at least 100 frames, got {args.age}")
+    if args.json:
+        make_folder(Path(args.json).parent)
+    reuse_memory()
+    torch.manual_seed(0)
+    common, stages = PRESETS[preset]
+
+    def settings(stage, name):
+        return PEER[name] if args.peer_size else {**common, **stages[stage]}.get(name, getattr(DynamicsConfig if stage == "dynamics" else TokenizerConfig, name))
+
+    chosen = {name: settings("dynamics", name) for name in PEER} | dict(compile=args.compile, out="-", device=str(device))
+    cfg = DynamicsConfig(**chosen)
+    autocast = autocast_on(device)
+    peer = [bench_peer(args.peer)] if args.peer else []
+    ceilings = {str(dtype)[6:]: ceiling(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    report = {f"ceiling/{name}_gflops": value / 1e9 for name, value in ceilings.items()}
+    models = build(settings, device)
+    report |= bench_training(models, cfg, device, autocast, ceilings)
+    report |= bench_play(models, cfg, device, autocast, args.age)
+    report |= bench_growth(device) | bench_attention(device)
+    report["memory/peak_mb"] = peak_memory(device)
+    if args.peer:  # before and after: what else the machine does hits both
+        peer.append(bench_peer(args.peer))
+        for name in peer[0]:
+            report[f"peer/{name}"] = sum(run[name] for run in peer) / 2
+            report[f"ratio/{name}"] = report[name] / report[f"peer/{name}"]
+
+    for name, value in report.items():
+        print(f"{name:44} {value:10.4g}")
+    if args.json:
+        report |= {"device": describe_device(), "torch": str(torch.__version__), "commit": git_commit(), "preset": "peer" if args.peer_size else preset,
+                   "command": " ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)])}  # fmt: skip
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    print_user_errors()
+    main()
