@@ -3,6 +3,9 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+import bench
 import config
 import train_dynamics
 import train_lam
@@ -33,6 +36,15 @@ def test_the_ablation_tables_are_those_of_the_result_file():
     assert all(table in README for table in tables(json.loads((ROOT / "results" / "ablation.json").read_text())).split("\n\n"))
 
 
+def test_the_table_of_speed_is_that_of_the_result_file():
+    report = json.loads((ROOT / "results" / "bench.json").read_text())
+    assert bench.table(report) in README and report["device"].startswith("2 CPU cores")
+    said = re.search(r"frame 20 took (\S+) ms, frame 2,000 (\S+) ms.*?plays at (\S+) frames.*?data (\S+) %.*?T\^(\S+).*?N\^(\S+) ", README, re.S).groups()
+    names = ("play/latency_frame_20_ms", "play/latency_frame_2000_ms", "play/shipped_fps", "train/data_wait", "growth/exponent_T", "growth/exponent_N")
+    for shown, name in zip(said, names, strict=True):
+        assert float(shown) == pytest.approx(report[name] * (100 if name == "train/data_wait" else 1), rel=0.05, abs=0.06)
+
+
 def test_the_shipped_worlds_have_cards_and_fit():
     folders = sorted((ROOT / "checkpoints" / "shipped").iterdir())
     assert DEFAULT in folders
@@ -51,6 +63,7 @@ def test_files_and_options_in_the_readme_exist():
     options = {"--" + name.replace("_", "-") for kind in (config.TokenizerConfig, config.LatentActionConfig, config.DynamicsConfig)
                for name in kind.__dataclass_fields__}  # fmt: skip
     elsewhere = {"--checkpoint", "--actions", "--save", "--fvd-features", "--save-images", "--frames", "--help"}
+    elsewhere |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--peer-size", "--peer", "--age"}  # torchrun, bench.py
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= options | elsewhere
     assert all(game in README for game in GAMES)
     assert all("python train_" in module.__doc__ for module in (train_tokenizer, train_lam, train_dynamics))
