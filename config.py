@@ -46,7 +46,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # auto, float32 or bfloat16 (auto: bfloat16 where it is faster)
     compile: bool = False  # torch.compile the model: a minute to begin, then a quarter to a half faster
-    recompute: bool = False  # recompute activations in the backward pass: less memory, a third slower
+    recompute: bool = False  # recompute activations in the backward pass: less memory, one more forward pass
     resume: bool = False  # go on from the checkpoint in --out
 
 

@@ -87,8 +87,8 @@ def causal_band(n_queries: int, n_keys: int, context_length: int, device=None):
 def attend(q, k, v, mask=None):
     """softmax(q·kᵀ/√d)·v over (batch, heads, S, d); mask is boolean, True where a query may look.
 
-    Fused or plain is decided here. On CUDA the fused kernel is the better one. On a CPU it takes 0.2 to 0.7 of the plain form's time in
-    float32 but 3 to 9 times as long in bfloat16, which it computes in float32 (2 cores, AVX512-BF16; 64 patches or 4 to 32 frames, forward
+    Fused or plain is decided here. On CUDA the fused kernel is the better one. On a CPU it takes 0.2 to 0.8 of the plain form's time in
+    float32 but 2.6 to 9 times as long in bfloat16, which it computes in float32 (2 cores, AVX512-BF16; 64 patches or 4 to 32 frames, forward
     and backward; `python bench.py` measures it again).
     """
     if q.device.type == "cuda" or q.dtype == torch.float32:
@@ -183,7 +183,7 @@ class SpatioTemporalTransformer(nn.Module):
         self.context_length, self.head_dim = context_length, embed_dim // n_heads
         self.blocks = nn.ModuleList(STBlock(embed_dim, hidden_dim, n_heads, cond_dim) for _ in range(n_blocks))
         self.norm = nn.LayerNorm(embed_dim)
-        self.recompute = False  # in the backward pass, instead of keeping what lies between blocks: less memory, a third slower
+        self.recompute = False  # in the backward pass, instead of keeping what lies inside blocks: less memory, one more forward pass
 
     def new_cache(self):
         return [TemporalCache(self.context_length, self.norm.weight.device) for _ in self.blocks]
