@@ -2,13 +2,16 @@
 
     python play.py                                            a window on a world that comes with the code
     python play.py --checkpoint checkpoints/pong              on one that you trained
-    python play.py --checkpoint checkpoints/pong --actions 0,3,3,1 --save out.gif   no window needed; .mp4 works too
-    python play.py --checkpoint checkpoints/pong --frame picture.png              begin from a picture
+    python play.py --web                                      a page in your browser, also through an SSH tunnel
+    python play.py --export-web site                          the page as a folder for any static host: no server, no Python
+    python play.py --checkpoint checkpoints/pong --actions 0,3,3,1 --save out.gif   no window needed; .mp4 and .json work too
+    python play.py --replay run.json --save out.gif           a saved run again, frame for frame
 
-Keys: digits, then letters, choose a latent action, held until the next; the arrows stand for the actions that move the view or
-a thing that way (actions.json), else for the first four; R restarts from another first frame, Q quits. First frames come from
---data-path, from --frame, or else travelled with the world.
+Keys of the window: digits, then letters, choose a latent action, held until the next; the arrows stand for the actions that move the
+view or a thing that way (actions.json), else for the first four; Backspace goes back a second, R restarts from another first frame, Q
+quits; with --save the run is then written. First frames come from --data-path, from --frame, or else travelled with the world.
 """
+import json
 import os
 import sys
 import time
@@ -20,45 +23,19 @@ import numpy as np
 
 from config import Parser, UserError, check_sampling, choose_device, make_folder, print_user_errors
 from data_utils import Clips, open_footage
+from game import KEYS, Game, arrow_actions, idle_action, read_run
 from models.world_model import WorldModel
 from pictures import enlarge, plain, save_video
 
-# What cv2.waitKeyEx returns for left, right, up, down on Linux, Windows and macOS.
+# What cv2.waitKeyEx returns on Linux, Windows and macOS.
 ARROWS = {
     "left": (65361, 2424832, 63234),
     "right": (65363, 2555904, 63235),
     "up": (65362, 2490368, 63232),
     "down": (65364, 2621440, 63233),
 }
+BACKSPACE = (8, 127, 65288)
 DEFAULT = Path(__file__).parent / "checkpoints" / "shipped" / "crafter"
-KEYS = "0123456789abcdefghijklmnopstuvwxyz"  # without q and r
-
-
-class Game:
-    """A world, places to begin, and the actions so far; needs no window.
-
-    starts: uint8 (n, T, H, W, 3). The same starts, seed and actions give the same frames.
-    """
-
-    def __init__(self, world, starts, seed=0):
-        self.world, self.starts, self.seed, self.round = world, starts, seed, -1
-        self.restart()
-
-    def restart(self):
-        """Begin again from the next place; → its last frame, uint8 (H, W, 3)."""
-        self.round += 1
-        self.actions = []
-        clip = self.starts[self.round % len(self.starts)]
-        self.world.generator.manual_seed(self.seed)
-        self.world.reset(clip)
-        self.frame = np.asarray(clip[-1])
-        return self.frame
-
-    def press(self, action):
-        """One step with a latent action in [0, n_actions); → the next frame."""
-        self.frame = self.world.step(action)
-        self.actions.append(action)
-        return self.frame
 
 
 def load_starts(args, world):
@@ -81,28 +58,15 @@ def load_starts(args, world):
 
 
 def parse_actions(text, n_actions):
-    """ "0,3,1" → [0, 3, 1]. Raises UserError for anything that is not an action of this world."""
+    """ "0,3,1" → [0, 3, 1], "" → []. Raises UserError for anything that is not an action of this world."""
     try:
-        actions = [int(part) for part in text.split(",")]
+        actions = [int(part) for part in text.split(",") if text]
     except ValueError:
         raise UserError(f"--actions must be numbers with commas between them, like 0,3,1, not {text!r}") from None
     for action in actions:
         if not 0 <= action < n_actions:
             raise UserError(f"unknown action {action}; this world has 0 … {n_actions - 1}")
     return actions
-
-
-def arrow_actions(world):
-    """Arrow name → the most frequent action that moves that way; where no motion is known, the first four actions."""
-    ways = {"left": "left", "right": "right", "up": "up", "forward": "up", "down": "down", "back": "down"}
-    rows = sorted(world.action_table, key=lambda row: row["share"])
-    return {ways[row["direction"]]: row["action"] for row in rows if row["direction"] in ways} or dict(zip(ARROWS, range(world.n_actions)))
-
-
-def idle_action(world):
-    """The action held before a key is pressed: the most frequent one that moves nothing, else 0."""
-    still = [row for row in world.action_table if row["moves"] == "nothing"]
-    return max(still, key=lambda row: row["share"])["action"] if still else 0
 
 
 def key_table(world):
@@ -115,7 +79,7 @@ def key_table(world):
 def draw(game, fps, table, held, scale):
     """The frame enlarged, and beside it the key table, the action held and the frame rate; BGR for OpenCV."""
     picture, font = enlarge(game.frame, scale), cv2.FONT_HERSHEY_SIMPLEX
-    lines = [plain(line) for line in (f"{fps:.0f} frames/s", "", *table, "", "R restart", "Q quit")]
+    lines = [plain(line) for line in (f"{fps:.0f} frames/s", "", *table, "", "Backspace: a second back", "R restart", "Q quit")]
     height = min(24, picture.shape[0] // (len(lines) + 1))
     width = max(cv2.getTextSize(line, font, height / 44, 1)[0][0] for line in lines)
     panel = np.full((picture.shape[0], width + 24, 3), 30, dtype=np.uint8)
@@ -125,11 +89,12 @@ def draw(game, fps, table, held, scale):
     return cv2.cvtColor(np.concatenate([picture, panel], axis=1), cv2.COLOR_RGB2BGR)
 
 
-def play_window(game, fps):
-    """The loop of the window: one frame per 1/fps seconds, the newest key counts."""
-    table, arrows, held, shown = key_table(game.world), arrow_actions(game.world), idle_action(game.world), fps
+def play_window(game, fps, actions=()):
+    """The loop of the window: one frame per 1/fps seconds, the newest key counts; first the actions of a run, if any, then yours."""
+    table, arrows, held, shown = key_table(game.world), arrow_actions(game.world), idle_action(game.world) or 0, fps
+    actions = list(actions)
     scale = max(1, 512 // game.frame.shape[0])
-    print("keys: " + " | ".join(table) + " | R restart | Q quit")
+    print("keys: " + " | ".join(table) + " | Backspace: a second back | R restart | Q quit")
     title = "world"
     cv2.namedWindow(title, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
     due = last = time.perf_counter()
@@ -140,6 +105,10 @@ def play_window(game, fps):
             break
         if key in (ord("r"), ord("R")):
             game.restart()
+        if key in BACKSPACE:
+            game.rewind(max(0, len(game.actions) - round(fps)))
+        if key != -1:
+            actions = []  # the rest of the run gives way to you
         if 0 < key < 128 and chr(key).lower() in KEYS[: game.world.n_actions]:
             held = KEYS.index(chr(key).lower())
         for arrow, action in arrows.items():
@@ -149,15 +118,34 @@ def play_window(game, fps):
         now = time.perf_counter()
         shown, last = 0.9 * shown + 0.1 / (now - last), now
         due = max(due + 1 / fps, now)  # never hurry to catch up
+        held = actions.pop(0) if actions else held
         game.press(held)
     cv2.destroyAllWindows()
+
+
+def save(game, path, fps):
+    """What was played: as a GIF or film, played again for it, or as JSON for --replay."""
+    if Path(path).suffix.lower() == ".json":
+        Path(path).write_text(json.dumps(game.record()), encoding="utf-8")
+    else:
+        actions, game = game.actions, Game(game.world, game.clip[None], game.seed)
+        frames = [game.frame] + [game.press(action) for action in actions]
+        save_video([enlarge(frame, max(1, 256 // frame.shape[0])) for frame in frames], path, fps)
+    print(f"{path}: {len(game.actions) + 1} frames")
 
 
 def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", default=str(DEFAULT), help="folder of a world [checkpoints/shipped/crafter]")
+    parser.add_argument("--web", action="store_true", help="serve a page that plays it")
+    parser.add_argument("--host", default="127.0.0.1", help="of the page [127.0.0.1: this machine alone]")
+    parser.add_argument("--port", type=int, default=8000, help="of the page; 0 takes any free one [8000]")
+    parser.add_argument("--games", type=int, default=4, help="games at a time on the page [4]")
+    parser.add_argument("--export-web", default="", metavar="FOLDER", help="write the page with the world in it")
+    parser.add_argument("--beside", default="", metavar="CHECKPOINT", help="a second world for the page, to play side by side")
     parser.add_argument("--actions", default="", help="play these latent actions, for example 0,3,3,1; needs --save")
-    parser.add_argument("--save", default="", metavar="FILE", help="where to, .gif or .mp4")
+    parser.add_argument("--replay", default="", metavar="FILE", help="play a saved run (.json) again")
+    parser.add_argument("--save", default="", metavar="FILE", help="where to, .gif, .mp4 or .json")
     parser.add_argument("--frame", default="", metavar="PICTURE", help="begin from this picture")
     parser.add_argument("--data-path", default="", help="begin from this footage")
     parser.add_argument("--use-dummy-data", action="store_true", help="begin from the dummy world")
@@ -167,28 +155,58 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
-    if bool(args.actions) != bool(args.save):
-        raise UserError("--actions and --save belong together: --actions 0,3,3,1 --save out.gif")
-    if args.save and Path(args.save).suffix.lower() not in (".gif", ".mp4"):
-        raise UserError(f"cannot save a video as {args.save}; use a name that ends in .gif or .mp4")
+    if args.actions and not args.save:
+        raise UserError("--actions needs --save: --actions 0,3,3,1 --save out.gif")
+    if args.actions and args.replay:
+        raise UserError("--actions and --replay both say what to play; leave one out")
+    if args.save and Path(args.save).suffix.lower() not in (".gif", ".mp4", ".json"):
+        raise UserError(f"cannot save a run as {args.save}; use a name that ends in .gif, .mp4 or .json")
     if args.fps is not None and args.fps <= 0:
         raise UserError(f"--fps must be positive, got {args.fps}")
     check_sampling(args)
-    if args.seed < 0:
-        raise UserError(f"--seed must not be negative, got {args.seed}")
-    if not args.save and sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise UserError("there is no display for a window; use --actions 0,3,3,1 --save out.gif, or play where there is one")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed must be from 0 to 2,147,483,647, got {args.seed}")
+    if not 0 <= args.port < 65536:
+        raise UserError(f"--port must be from 0 to 65535, got {args.port}")
+    if args.games < 1:
+        raise UserError(f"--games must be at least 1, got {args.games}")
+    if args.beside and not (args.web or args.export_web):
+        raise UserError("--beside needs --web or --export-web: side by side is for the page")
+    alone = (args.actions or args.replay) and args.save
+    screen = not sys.platform.startswith("linux") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not (alone or screen or args.web or args.export_web):
+        raise UserError("there is no display for a window; use --web, or --actions 0,3,3,1 --save out.gif, or play where there is one")
 
-    world = WorldModel.load(args.checkpoint, choose_device(args.device), steps=args.steps, temperature=args.temperature)
-    fps = args.fps or world.fps
-    game = Game(world, load_starts(args, world), args.seed)
-    if not args.save:
-        return play_window(game, fps)
-    actions = parse_actions(args.actions, world.n_actions)
-    make_folder(Path(args.save).parent)
-    frames = [game.frame] + [game.press(action) for action in actions]
-    save_video([enlarge(frame, max(1, 256 // frame.shape[0])) for frame in frames], args.save, fps)
-    print(f"{args.save}: {len(frames)} frames")
+    def load(path):
+        world = WorldModel.load(path, choose_device(args.device), steps=args.steps, temperature=args.temperature)
+        world.fps = args.fps or world.fps
+        return world
+
+    world = load(args.checkpoint)
+    if args.web or args.export_web:
+        worlds = [(Path(args.checkpoint).resolve().name, world, load_starts(args, world))]
+        if args.beside:
+            other = load(args.beside)
+            worlds.append((Path(args.beside).resolve().name, other, other.start_frames.numpy()))
+        if args.export_web:
+            from web.export import export  # what only the page needs is imported for it alone
+
+            return export(worlds, args.export_web)
+        from web.server import serve
+
+        return serve(worlds, args.host, args.port, args.games)
+    game, actions = Game(world, load_starts(args, world), args.seed), parse_actions(args.actions, world.n_actions)
+    if args.replay:
+        game, actions = read_run(args.replay, world)
+    if args.save:
+        make_folder(Path(args.save).parent)
+    if alone:
+        for action in actions:
+            game.press(action)
+    else:
+        play_window(game, world.fps, actions)
+    if args.save:
+        save(game, args.save, world.fps)
 
 
 if __name__ == "__main__":

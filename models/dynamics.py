@@ -171,13 +171,11 @@ def maskgit_decode(logits_of, tokens, mask_index, steps, temperature=1.0, genera
             cdf = p.cumsum(dim=-1)
             dice = torch.rand(B, N, 1, device=p.device, generator=generator) * cdf[..., -1:]
             sampled = torch.searchsorted(cdf, dice, right=True)[..., 0].clamp_max(p.shape[-1] - 1)  # a sample of p, without a sync
-        else:
-            p = logits.softmax(dim=-1)
-            sampled = p.argmax(-1)
-        confidence = p.gather(-1, sampled.unsqueeze(-1)).squeeze(-1).log()  # (B, N)
-        if temperature > 0:
+            confidence = p.gather(-1, sampled.unsqueeze(-1)).squeeze(-1).log()  # (B, N)
             noise = torch.empty_like(confidence).exponential_(generator=generator)
             confidence = confidence - temperature * (1 - k / steps) * noise.log()
+        else:  # in float64: a sure token has p = 1 in float32, and which of several goes first would be anybody's guess
+            confidence, sampled = logits.double().log_softmax(dim=-1).max(dim=-1)
         known = tokens != mask_index
         still_masked = 0 if k == steps else math.floor(N * math.cos(math.pi / 2 * k / steps))
         best = confidence.masked_fill(known, float("inf")).topk(N - still_masked, dim=-1).indices  # (B, N - still_masked)

@@ -33,15 +33,17 @@ class WorldModel:
 
     start_frames uint8 (n, T, H, W, 3), if any, are places to begin from that travel with the world; fps is the footage's.
     action_table: the rows of actions.json, the legend of the latent actions, or []. capture: on CUDA, record a step once and replay it.
+    identity: eight hex digits of the dynamics weights, "" where there is no checkpoint. reach: how many of the last frames a step depends on.
     """
 
     def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, action_table=(), fps=15.0, steps=2, temperature=0.2, seed=0,
-                 capture=True):  # fmt: skip
+                 capture=True, identity=""):  # fmt: skip
         self.tokenizer, self.lam, self.dynamics = tokenizer, lam, dynamics
         self.start_frames, self.fps, self.steps, self.temperature = start_frames, fps, steps, temperature
         self.n_actions = dynamics.null_action
         self.action_names = action_names or [str(i) for i in range(self.n_actions)]
-        self.action_table = action_table
+        self.action_table, self.identity = action_table, identity
+        self.reach = max(len(stack.blocks) * (stack.context_length - 1) for stack in (tokenizer.decoder, dynamics.transformer))
         self.frame_size = list(tokenizer.frame_size)
         self.device = next(tokenizer.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -68,7 +70,7 @@ class WorldModel:
         trained = {name: dynamics["config"][name] for name in ("steps", "temperature")}
         return cls(
             models["tokenizer"], models.get("lam"), models["dynamics"], dynamics["start_frames"], names, table, dynamics["fps"],
-            **{**trained, **{name: value for name, value in settings.items() if value is not None}},
+            identity=fingerprint(dynamics), **{**trained, **{name: value for name, value in settings.items() if value is not None}},
         )  # fmt: skip
 
     @torch.no_grad()
@@ -79,7 +81,12 @@ class WorldModel:
         frame alone. Raises ValueError for frames of another size.
         """
         frames = torch.as_tensor(frames, device=self.device)
-        self.single = frames.ndim < 5
+        self.begin(*self.encode(frames, actions), single=frames.ndim < 5)
+
+    @torch.no_grad()
+    def encode(self, frames, actions=None):
+        """frames and actions as `reset` takes them → tokens (B, T, N), and the action that led to each frame (B, T)."""
+        frames = torch.as_tensor(frames, device=self.device)
         while frames.ndim < 5:
             frames = frames.unsqueeze(0)
         if list(frames.shape[2:]) != [*self.frame_size, 3]:
@@ -90,8 +97,12 @@ class WorldModel:
         B, T = video.shape[:2]
         if actions is None:
             actions = self.lam.infer(video) if T > 1 else torch.zeros(B, 0, dtype=torch.long, device=self.device)
-        tokens = self.tokenizer.encode(video)  # (B, T, N)
-        led_to = self.dynamics.led_to(torch.as_tensor(actions, device=self.device))  # (B, T)
+        return self.tokenizer.encode(video), self.dynamics.led_to(torch.as_tensor(actions, device=self.device))
+
+    @torch.no_grad()
+    def begin(self, tokens, led_to, single=False):
+        """Begin after tokens (B, T, N), each led to by an action (B, T). single: `step` gives and takes one world without the axis B."""
+        self.single, (B, T) = single, tokens.shape[:2]
         if len(self.last) != B:
             self._make_room(tokens[:, -1], led_to[:, -1])
         for cache in self.pixel_cache + self.cache:
@@ -101,6 +112,14 @@ class WorldModel:
             self.dynamics.prefill(tokens[:, :-1], led_to, self.cache)
         self.last.copy_(tokens[:, -1])
         self.last_action.copy_(led_to[:, -1])
+
+    @torch.no_grad()
+    def follow(self, tokens, action):
+        """A step whose outcome is known: tokens (B, N) come next, led to by action (B,). → uint8 frames, as from `step`."""
+        self.dynamics.prefill(self.last.unsqueeze(1), torch.stack([self.last_action, action], dim=1), self.cache)
+        self.last.copy_(tokens)
+        self.last_action.copy_(action)
+        return self._shown(self._pixels(tokens))
 
     def _make_room(self, tokens, led_to):
         """Memory for as many worlds as tokens (B, N); steps write in place, so a recorded step finds it again."""
@@ -135,8 +154,15 @@ class WorldModel:
         )
         self.last.copy_(tokens)
         self.last_action.copy_(self.action)
+        return self._pixels(tokens)
+
+    def _pixels(self, tokens):
         frames = self.tokenizer.decode(tokens.unsqueeze(1), self.pixel_cache)[:, 0]  # (B, 3, H, W)
         return ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+
+    def _shown(self, frames):
+        frames = frames.cpu().numpy()
+        return frames[0] if self.single else frames
 
     @torch.no_grad()
     def step(self, action):
@@ -151,5 +177,4 @@ class WorldModel:
             self.frames = self._advance()
         else:
             self.replay()
-        frames = self.frames.cpu().numpy()
-        return frames[0] if self.single else frames
+        return self._shown(self.frames)

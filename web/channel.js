@@ -1,0 +1,51 @@
+// One world to talk to: behind a WebSocket (server.py) or in a Worker (local.js). Both get the same questions and answer each, in order.
+
+export function connect(number, play) {
+  const questions = []; // those not yet answered, oldest first
+  let port, closed = "";
+
+  const settle = (reply) => {
+    const { resolve, reject } = questions.shift() ?? { resolve() {}, reject(error) { closed = error.message; } };
+    reply.error === undefined ? resolve(reply) : reject(new Error(reply.error));
+  };
+  const receive = (data) => {
+    if (typeof data === "string") return settle(JSON.parse(data));
+    settle({ number: new DataView(data).getUint32(0, true), frame: new Uint8Array(data, 4) });
+  };
+  const end = (reason) => {
+    closed ||= reason;
+    while (questions.length) settle({ error: closed });
+  };
+
+  const opened = new Promise((resolve) => {
+    if (play === "socket") {
+      port = new WebSocket(new URL(`socket/${number}`, location.href.replace(/^http/, "ws")));
+      port.binaryType = "arraybuffer";
+      port.onopen = resolve;
+      port.onmessage = (event) => receive(event.data);
+      port.onclose = (event) => { end(event.reason || "the server is gone; reload the page when it is back"); resolve(); };
+    } else {
+      port = new Worker(`local.js?world=${number}`, { type: "module" });
+      port.onmessage = (event) => receive(event.data);
+      port.onerror = (event) => end(event.message || "this browser cannot run the world");
+      resolve();
+    }
+  });
+
+  return {
+    // An object (a question as server.py lists them) or the bytes of a picture → a promise of { number, frame }, or { run }.
+    async ask(question) {
+      await opened;
+      if (closed) throw new Error(closed);
+      return new Promise((resolve, reject) => {
+        questions.push({ resolve, reject });
+        const data = question instanceof Uint8Array ? question : JSON.stringify(question);
+        play === "socket" ? port.send(data) : port.postMessage(data);
+      });
+    },
+    close() {
+      play === "socket" ? port.close() : port.terminate();
+      end("closed");
+    },
+  };
+}
