@@ -38,7 +38,7 @@ class Game:
 
     def start(self, clip):
         """Begin after the frames of a clip, uint8 (T, H, W, 3); → the last of them."""
-        self.clip, self.actions = np.asarray(clip), []
+        self.clip, self.actions = np.array(clip), []
         self.begun = self.world.encode(self.clip)
         self.world.begin(*self.begun, single=True)
         self.tokens = [self.world.last.clone()]  # of the frame before each action, and of the last frame

@@ -101,7 +101,7 @@ $("name").textContent = document.title = world.name;
 function pause(on) {
   paused = on;
   due = 0;
-  $("pause").textContent = on ? "▶ play" : "⏸ pause";
+  $("pause").textContent = on ? "play" : "pause";
 }
 
 // ---- which action: the newest key or button that is still down; else nothing, if the world has an action for that, else the last one

@@ -15,11 +15,13 @@ import asyncio
 import ipaddress
 import json
 import struct
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 import numpy as np
+import torch
 
 from config import UserError
 from game import Game
@@ -46,7 +48,7 @@ def integer(message, name, end):
 
 
 def answer(game, message, is_text):
-    """One message → the pieces of its work; the last is the reply, bytes or a dict. Others may be served between pieces."""
+    """One message → None between the pieces of its work, where others may be served, then the reply, bytes or a dict."""
     if not is_text:
         H, W = game.world.frame_size
         if len(message) != H * W * 3:
@@ -66,8 +68,7 @@ def answer(game, message, is_text):
         elif kind == "rewind":
             yield from game.rewinding(integer(message, "to", len(game.actions) + 1))
         elif kind == "save":
-            yield {"run": game.record()}
-            return
+            return (yield {"run": game.record()})
         else:
             raise Refused("type must be start, step, rewind or save")
     yield struct.pack("<I", len(game.actions)) + np.ascontiguousarray(game.frame).tobytes()
@@ -152,9 +153,9 @@ class Site:
         while True:
             message = await questions.get()
             try:
-                pieces, reply = answer(game, message.data, message.type == WSMsgType.TEXT), None
-                while (piece := await work(next, pieces, "done")) != "done":
-                    reply = piece
+                pieces = answer(game, message.data, message.type == WSMsgType.TEXT)
+                while (reply := await work(next, pieces)) is None:
+                    pass
             except Refused as reason:
                 reply = {"error": str(reason)}
             await (socket.send_bytes(reply) if isinstance(reply, bytes) else socket.send_json(reply))
@@ -187,6 +188,8 @@ async def run(site, host, port):
 
 def serve(worlds, host, port, limit):
     """Serve worlds, a list of (name, WorldModel, starts), until Ctrl-C. Raises UserError if the address cannot be had."""
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core for the socket, and for a browser on the same machine
+    sys.setswitchinterval(5e-4)  # the socket's thread waits this long for torch's to let it in, several times a frame
     try:
         asyncio.run(run(Site(worlds, host, limit), host, port))
     except KeyboardInterrupt:

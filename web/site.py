@@ -40,6 +40,7 @@ def files(worlds, play):
     found["worlds.json"] = json.dumps({"play": play, "worlds": [name for name, _, _ in worlds]}).encode()
     for i, (name, world, starts) in enumerate(worlds):
         found[f"worlds/{i}/world.json"] = json.dumps(describe(name, world, starts)).encode()
-        found[f"worlds/{i}/legend.png"] = png(legend(world, starts[0]))
+        busiest = max(starts, key=lambda clip: np.abs(np.diff(clip[-1].astype(int), axis=0)).mean())  # on plain ground no move would show
+        found[f"worlds/{i}/legend.png"] = png(legend(world, busiest))
         found[f"worlds/{i}/starts.png"] = png([starts[:, -1]])
     return found
