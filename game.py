@@ -104,8 +104,17 @@ def read_run(path, world):
     if shape[1:] != [*world.frame_size, 3] or max(actions, default=0) >= world.n_actions:
         raise UserError(f"{path} has frames or actions that this world does not know")
     world = copy.copy(world)
+    if run.get("half"):
+        round_weights(world)
     world.steps, world.temperature = run["steps"], run["temperature"]
     return Game(world, clip[None], run["seed"]), actions
+
+
+def round_weights(world):
+    """Round the weights to float16 in place, as the page in the browser has them (web/export.py); shipped worlds are that already."""
+    for model in filter(None, (world.tokenizer, world.lam, world.dynamics)):
+        for weight in model.parameters():
+            weight.data = weight.data.half().to(weight.dtype)
 
 
 def arrow_actions(world):
