@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+
+gymnasium = pytest.importorskip("gymnasium", reason="the environment is an extra: pip install gymnasium")
+from gymnasium.utils.env_checker import check_env  # noqa: E402
+
+import nanoworld  # noqa: E402, F401  registers the environment
+from models.checkpoint import CheckpointError  # noqa: E402
+from models.world_model import WorldModel  # noqa: E402
+
+NAME = "nanoworld/World-v0"
+
+
+def play(env, actions, **reset):
+    return [env.reset(**reset)[0]] + [env.step(action)[0] for action in actions]
+
+
+@pytest.mark.filterwarnings("error")
+def test_it_passes_gymnasiums_own_check(world_dir):
+    check_env(gymnasium.make(NAME, checkpoint=world_dir, render_mode="rgb_array").unwrapped)
+
+
+def test_a_seed_fixes_the_game_and_the_frames_are_the_worlds(world_dir):
+    env = gymnasium.make(NAME, checkpoint=world_dir, render_mode="rgb_array")
+    one, again, other = (play(env, [0, 3, 1], seed=seed) for seed in (5, 5, 6))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    assert np.array_equal(env.render(), other[-1])
+    world = WorldModel.load(world_dir, temperature=0)
+    env = gymnasium.make(NAME, checkpoint=world_dir, temperature=0)
+    clip = world.start_frames[1].numpy()
+    world.reset(clip)
+    frames = play(env, [2, 4], options={"frames": clip})
+    assert np.array_equal(frames, [clip[-1], world.step(2), world.step(4)])
+    assert np.array_equal(play(env, [], options={"frames": clip[0]})[0], clip[0])
+
+
+def test_an_episode_is_truncated_and_a_batch_is_worlds_side_by_side(world_dir):
+    env = gymnasium.make(NAME, checkpoint=world_dir, max_episode_steps=2)
+    env.reset(seed=0)
+    assert [env.step(0)[1:4] for _ in range(2)] == [(0.0, False, False), (0.0, False, True)]
+    options = dict(checkpoint=world_dir, temperature=0)
+    envs = gymnasium.make_vec(NAME, num_envs=3, vectorization_mode="vector_entry_point", max_episode_steps=2, render_mode="rgb_array", **options)
+    frames, _ = envs.reset(seed=1)
+    assert envs.observation_space.contains(frames) and envs.action_space.contains(envs.action_space.sample())
+    clip = WorldModel.load(world_dir).start_frames[0].numpy()
+    envs.reset(options={"frames": clip})
+    batch = [envs.step(np.array([0, 1, 2])), envs.step(np.array([0, 1, 2]))]
+    assert [list(b[3]) for b in batch] == [[False] * 3, [True] * 3] and len(envs.render()) == 3
+    single = gymnasium.make(NAME, **options)
+    for i in range(3):
+        alone = play(single, [i, i], options={"frames": clip})
+        assert np.abs(alone[-1].astype(int) - batch[-1][0][i]).mean() < 1  # batched sums may round differently
+    after = envs.step(np.array([0, 1, 2]))  # begins anew
+    assert not after[3].any() and any(np.array_equal(after[0][0], start[-1]) for start in single.unwrapped.world.start_frames.numpy())
+
+
+def test_bad_input(world_dir, tmp_path):
+    with pytest.raises(CheckpointError, match="no world at"):
+        gymnasium.make(NAME, checkpoint=str(tmp_path / "none"))
+    env = gymnasium.make(NAME, checkpoint=world_dir)
+    with pytest.raises(ValueError, match="frames of"):
+        env.reset(options={"frames": np.zeros((32, 32, 3), dtype=np.uint8)})
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="action 8 is not one of 0 … 7"):
+        env.unwrapped.step(8)
