@@ -1,3 +1,5 @@
+import json
+
 import cv2
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ from PIL import Image
 
 import play
 from config import UserError
+from game import read_run
 from models.checkpoint import CheckpointError
 from models.world_model import WorldModel
 from play import ARROWS, Game, draw, key_table
@@ -44,6 +47,50 @@ def test_the_same_game_again(world_dir):
     assert all(np.array_equal(again.press(a), frame) for a, frame in zip((0, 1, 2), first))
 
 
+def test_the_way_back_is_exact_and_branches(world_dir):
+    """Frames after a way back, far from the beginning and near it, are bit for bit those of playing the same from the start."""
+    world = WorldModel.load(world_dir, temperature=0.5)
+    clip = world.start_frames[:1].numpy()
+    pressed = [int(a) for a in np.random.default_rng(0).integers(0, 8, 2 * world.reach + 8)]
+    for n in (0, 3, world.reach, world.reach + 5, len(pressed)):
+        game, other = (Game(world, clip, seed=1) for _ in range(2))
+        frames = [game.frame] + [game.press(a) for a in pressed]
+        assert np.array_equal(game.rewind(n), frames[n]) and game.actions == pressed[:n]
+        for a in pressed[:n]:
+            other.press(a)
+        branch = [7, 0, 2, 2, 5]
+        assert np.array_equal([game.press(a) for a in branch], [other.press(a) for a in branch])
+        assert [t.tolist() for t in game.tokens] == [t.tolist() for t in other.tokens]
+    with pytest.raises(ValueError, match="cannot go back to frame 99; this game has 0 … "):
+        game.rewind(99)
+
+
+def test_a_saved_run_plays_again_and_is_checked(world_dir, tmp_path):
+    run, gif = tmp_path / "run.json", tmp_path / "again.gif"
+    play.main(options(world_dir, "--actions", "4,4,1", "--save", str(run), "--seed", "7", "--temperature", "0.9", "--steps", "3"))
+    game, actions = read_run(run, WorldModel.load(world_dir))
+    assert actions == [4, 4, 1]
+    world = WorldModel.load(world_dir, temperature=0.9, steps=3)
+    first = Game(world, world.start_frames.numpy(), seed=7)
+    assert all(np.array_equal(game.press(a), first.press(a)) for a in actions)
+    play.main(options(world_dir, "--replay", str(run), "--save", str(gif)))
+    assert Image.open(gif).n_frames >= 2
+    saved = json.loads(run.read_text())
+    for change, message in [
+        ({"world": "00000000"}, "was played in world 00000000, this is"),
+        ({"actions": [8]}, "that this world does not know"),
+        ({"actions": [-1]}, "is not a run"),
+        ({"actions": "0"}, "is not a run"),
+        ({"clip": saved["clip"][:-8]}, "is not a run"),
+        ({"shape": [4, 64, 64]}, "is not a run"),
+        ({"temperature": None}, "is not a run"),
+        ({"what": "song"}, "is not a run"),
+    ]:
+        run.write_text(json.dumps(saved | change))
+        with pytest.raises(UserError, match=message):
+            play.main(options(world_dir, "--replay", str(run), "--save", str(gif)))
+
+
 def test_action_frame_rate_and_keys_are_on_screen(world_dir):
     game = Game(WorldModel.load(world_dir), WorldModel.load(world_dir).start_frames.numpy())
     table = key_table(game.world)
@@ -64,8 +111,13 @@ def test_bad_input(world_dir, tmp_path, monkeypatch):
         ([], "no display .* --save out.gif"),
         (["--actions", "0,8", "--save", out], "unknown action 8; this world has 0 … 7"),
         (["--actions", "left", "--save", out], "--actions must be numbers .* 'left'"),
-        (["--actions", "0"], "--actions and --save belong together"),
-        (["--actions", "0", "--save", str(tmp_path / "x.txt")], "use a name that ends in .gif or .mp4"),
+        (["--actions", "0"], "--actions needs --save"),
+        (["--actions", "0", "--replay", "run.json", "--save", out], "both say what to play"),
+        (["--actions", "0", "--save", str(tmp_path / "x.txt")], "use a name that ends in .gif, .mp4 or .json"),
+        (["--replay", str(tmp_path / "none.json"), "--save", out], "is not a run that this project saved"),
+        (["--web", "--port", "70000"], "--port must be from 0 to 65535, got 70000"),
+        (["--web", "--games", "0"], "--games must be at least 1, got 0"),
+        (["--beside", world_dir], "--beside needs --web or --export-web"),
         (["--actions", "0", "--save", out, "--frame", str(tmp_path / "text.png")], "not a picture that can be read"),
         (["--actions", "0", "--save", out, "--frame", str(tmp_path / "none.png")], "not a picture that can be read"),
         (["--actions", "0", "--save", str(tmp_path / "text.png" / "x.gif")], "cannot write to .*text.png"),

@@ -37,7 +37,7 @@ class WithCache(nn.Module):
 
     def __init__(self, model, transformer):
         super().__init__()
-        self.model, self.transformer = model.eval(), transformer
+        self.model, self.transformer = model, transformer
         quantizer = model.quantizer
         self.register_buffer("codes", quantizer.indices_to_codes(torch.arange(quantizer.codebook_size + 1)))  # and a row for the mask
         self.length, n = transformer.context_length - 1, len(transformer.blocks)
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model.eval()
+        self.model = model
 
     def forward(self, frame):
         return self.model.encode((frame / 127.5 - 1).permute(2, 0, 1)[None, None])[:, 0].int()
@@ -120,7 +120,7 @@ def save_graph(module, inputs, names, path):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the exporter's own
         program = torch.onnx.export(
-            module, tuple(inputs), dynamo=True, external_data=False, opset_version=20, input_names=names[0], output_names=names[1], verbose=False
+            module.eval(), tuple(inputs), dynamo=True, external_data=False, opset_version=20, input_names=names[0], output_names=names[1], verbose=False
         )
     onnx.save(store_half(program.model_proto), path)
 

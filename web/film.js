@@ -1,10 +1,38 @@
 // Frames (Uint8Array, H·W·3 of RGB each) → a Blob to save. Both enlarge by whole pixels.
 
-// GIF89a (the specification's appendix F for the codes). At most 256 colours: exact where there are no more, else the commonest of 32,768.
+const channels = (c) => [c >> 16, (c >> 8) & 255, c & 255];
+
+// At most 256 of the colours in counts (colour → how often): all of them, or by median cut (Heckbert 1982): the box of colours that is fullest
+// and widest is split in the middle of its longest side, until there are 256; each then stands for its mean.
+function choosePalette(counts) {
+  const measure = (colours) => {
+    const total = colours.reduce((sum, c) => sum + counts.get(c), 0);
+    const widths = [0, 1, 2].map((k) => {
+      const values = colours.map((c) => channels(c)[k]);
+      return values.reduce((a, b) => Math.max(a, b)) - values.reduce((a, b) => Math.min(a, b));
+    });
+    return { colours, total, side: widths.indexOf(Math.max(...widths)), size: total * Math.max(...widths) };
+  };
+  const boxes = [measure([...counts.keys()])];
+  while (boxes.length < Math.min(256, counts.size)) {
+    const widest = boxes.reduce((best, box, i) => (box.size > boxes[best].size ? i : best), 0);
+    const [{ colours, total, side }] = boxes.splice(widest, 1);
+    colours.sort((a, b) => channels(a)[side] - channels(b)[side]);
+    let cut = 0, passed = 0;
+    do passed += counts.get(colours[cut++]); while (passed < total / 2 && cut < colours.length - 1);
+    boxes.push(measure(colours.slice(0, cut)), measure(colours.slice(cut)));
+  }
+  return boxes.map(({ colours, total }) => {
+    const mean = (k) => Math.round(colours.reduce((sum, c) => sum + channels(c)[k] * counts.get(c), 0) / total);
+    return (mean(0) << 16) | (mean(1) << 8) | mean(2);
+  });
+}
+
+// GIF89a (the specification's appendix F for the codes).
 export function gif(frames, [H, W], fps, scale = 4) {
   const colour = (frame, i, exact) => exact
     ? (frame[i] << 16) | (frame[i + 1] << 8) | frame[i + 2]
-    : ((frame[i] & 0xf8) << 16) | ((frame[i + 1] & 0xf8) << 8) | (frame[i + 2] & 0xf8);
+    : ((frame[i] & 0xf8) << 16) | ((frame[i + 1] & 0xf8) << 8) | (frame[i + 2] & 0xf8) | 0x040404;
   const count = (exact) => {
     const counts = new Map();
     for (const frame of frames) for (let i = 0; i < frame.length; i += 3) {
@@ -14,13 +42,12 @@ export function gif(frames, [H, W], fps, scale = 4) {
     }
     return counts;
   };
-  const exactly = count(true), counts = exactly ?? count(false);
-  const palette = [...counts.keys()].sort((a, b) => counts.get(b) - counts.get(a)).slice(0, 256);
+  const exactly = count(true), palette = choosePalette(exactly ?? count(false));
   const index = new Map(palette.map((c, i) => [c, i]));
   const nearest = (c) => { // and remembered
     let best = 0, least = Infinity;
     palette.forEach((p, i) => {
-      const d = ((p >> 16) - (c >> 16)) ** 2 + (((p >> 8) & 255) - ((c >> 8) & 255)) ** 2 + ((p & 255) - (c & 255)) ** 2;
+      const d = channels(p).reduce((sum, value, k) => sum + (value - channels(c)[k]) ** 2, 0);
       if (d < least) [best, least] = [i, d];
     });
     index.set(c, best);
@@ -29,7 +56,7 @@ export function gif(frames, [H, W], fps, scale = 4) {
 
   const parts = [], short = (n) => [n & 255, n >> 8], width = W * scale, height = H * scale;
   const table = new Uint8Array(768);
-  palette.forEach((c, i) => table.set([c >> 16, (c >> 8) & 255, c & 255], 3 * i));
+  palette.forEach((c, i) => table.set(channels(c), 3 * i));
   parts.push("GIF89a", new Uint8Array([...short(width), ...short(height), 0xf7, 0, 0]), table);
   parts.push(new Uint8Array([0x21, 0xff, 11]), "NETSCAPE2.0", new Uint8Array([3, 1, 0, 0, 0])); // again and again
   for (const frame of frames) {

@@ -76,7 +76,7 @@ def answer(game, message, is_text):
 
 class Site:
     def __init__(self, worlds, host, limit):
-        self.worlds, self.limit, self.games = worlds, limit, 0
+        self.worlds, self.limit, self.games, self.sockets = worlds, limit, 0, set()
         self.files = files(worlds, "socket")  # all that can be asked for: no path from outside is ever opened
         self.thread = ThreadPoolExecutor(1)  # torch uses all cores by itself; whoever waits longest is next
         anywhere = host in ("0.0.0.0", "::")
@@ -86,12 +86,11 @@ class Site:
         app = web.Application(middlewares=[self.check_host])
         app.router.add_get("/socket/{number}", self.socket)
         app.router.add_get("/{path:.*}", self.file)
-        app["sockets"] = set()
         app.on_shutdown.append(self.close)
         return app
 
     async def close(self, app):
-        for socket in set(app["sockets"]):
+        for socket in set(self.sockets):
             await socket.close(code=1001)
 
     @web.middleware
@@ -127,7 +126,7 @@ class Site:
             await socket.close(code=1013)
             return socket
         self.games += 1
-        request.app["sockets"].add(socket)
+        self.sockets.add(socket)
         questions = asyncio.Queue(OPEN_QUESTIONS)
         player = asyncio.create_task(self.play(socket, world, starts, questions))
         try:
@@ -141,7 +140,7 @@ class Site:
         finally:
             player.cancel()
             await asyncio.gather(player, return_exceptions=True)
-            request.app["sockets"].discard(socket)
+            self.sockets.discard(socket)
             self.games -= 1
         return socket
 

@@ -1,0 +1,424 @@
+"""The page: its server over real sockets, and page and static export in a real browser (Debian's chromium)."""
+import asyncio
+import base64
+import functools
+import http.server
+import io
+import json
+import shutil
+import socket
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import play
+from config import UserError
+from game import Game, read_run
+from models.world_model import WorldModel
+
+aiohttp = pytest.importorskip("aiohttp", reason='the page is an extra: pip install ".[web]"')
+from aiohttp.web import AppRunner, TCPSite  # noqa: E402
+
+import web.server  # noqa: E402
+
+LIMIT = 3
+START = {"type": "start", "start": 2, "seed": 5}
+
+
+def step(action):
+    return {"type": "step", "action": action}
+
+
+@pytest.fixture(scope="module")
+def world(world_dir):
+    return WorldModel.load(world_dir)
+
+
+@pytest.fixture(scope="module")
+def site(world):
+    """The server in a thread, with two names for one world; → its address, and the Site."""
+    starts = world.start_frames.numpy()
+    site, loop = web.server.Site([("first", world, starts), ("second", world, starts[:2])], "127.0.0.1", LIMIT), asyncio.new_event_loop()
+    runner = AppRunner(site.app(), shutdown_timeout=1)
+
+    async def begin():
+        await runner.setup()
+        await TCPSite(runner, "127.0.0.1", 0).start()
+        return runner.addresses[0][1]
+
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    port = asyncio.run_coroutine_threadsafe(begin(), loop).result()
+    yield f"http://127.0.0.1:{port}", site
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+
+
+class Visitor:
+    """One socket. ask(message) → what comes back: (number, frame), a dict, or the code it was closed with."""
+
+    def __init__(self, session, url, number=0, **options):
+        self.connecting = session.ws_connect(f"{url}/socket/{number}", **({"headers": {"Origin": url}} | options))
+
+    async def __aenter__(self):
+        self.socket = await self.connecting
+        return self
+
+    async def __aexit__(self, *_):
+        await self.socket.close()
+
+    async def send(self, message):
+        await (self.socket.send_bytes(message) if isinstance(message, bytes) else self.socket.send_str(message if isinstance(message, str) else json.dumps(message)))
+
+    async def hear(self):
+        message = await self.socket.receive(timeout=60)
+        if message.type == aiohttp.WSMsgType.BINARY:
+            return int.from_bytes(message.data[:4], "little"), np.frombuffer(message.data[4:], dtype=np.uint8).reshape(64, 64, 3)
+        return json.loads(message.data) if message.type == aiohttp.WSMsgType.TEXT else self.socket.close_code
+
+    async def ask(self, message):
+        await self.send(message)
+        return await self.hear()
+
+
+def visit(url, talk, visitors=1, **options):
+    """Run the coroutine function talk(visitor, …) with so many open sockets."""
+
+    async def run():
+        async with aiohttp.ClientSession() as session:
+            found = [await Visitor(session, url, **options).__aenter__() for _ in range(visitors)]
+            try:
+                return await talk(*found)
+            finally:
+                for visitor in found:
+                    await visitor.__aexit__()
+
+    return asyncio.run(run())
+
+
+def test_a_game_over_a_socket_is_the_game(site, world, tmp_path):
+    async def talk(visitor):
+        heard = [await visitor.ask(m) for m in (START, step(1), step(4), step(4), {"type": "rewind", "to": 1}, step(6))]
+        return heard, (await visitor.ask({"type": "save"}))["run"]
+
+    heard, run = visit(site[0], talk)
+    game = Game(world, world.start_frames.numpy(), seed=5)
+    frames = [game.start(game.starts[2])] + [game.press(a) for a in (1, 4, 4)]
+    frames += [game.rewind(1), game.press(6)]
+    assert [number for number, _ in heard] == [0, 1, 2, 3, 1, 2]
+    assert np.array_equal([frame for _, frame in heard], frames)
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    again, actions = read_run(tmp_path / "run.json", world)
+    assert actions == [1, 6] and np.array_equal([again.press(a) for a in actions][-1], heard[-1][1])
+
+
+def test_two_visitors_have_games_of_their_own_and_a_picture_begins_one(site, world):
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+    async def talk(one, two):
+        await one.ask(START)
+        assert np.array_equal((await two.ask(picture.tobytes()))[1], picture)
+        return [await visitor.ask(step(action)) for action in (3, 5) for visitor in (one, two)]
+
+    heard = visit(site[0], talk, visitors=2)
+    for clip, frames in ((world.start_frames[2].numpy(), heard[::2]), (picture[None], heard[1::2])):
+        game = Game(world, clip[None], seed=5 if len(clip) > 1 else 0)
+        assert np.array_equal([game.press(3), game.press(5)], [frame for _, frame in frames])
+
+
+def test_what_cannot_be_answered_is_refused_with_a_reason_and_the_game_goes_on(site):
+    bad = {
+        "no JSON": "must be JSON", "[]": "must be JSON", "[" * 900: "must be JSON", "{}": "must be JSON", '{"type": 1}': "type must be",
+        '{"type": "step"}': "action must be an integer from 0 to 7", '{"type": "step", "action": 8}': "from 0 to 7",
+        '{"type": "step", "action": true}': "from 0 to 7", '{"type": "step", "action": -1}': "from 0 to 7", '{"type": "rewind", "to": 2}': "to must be",
+        '{"type": "start", "start": 99, "seed": 0}': "start must be", '{"type": "start", "start": 0, "seed": 1e3}': "seed must be",
+        b"short": "must have 12288 bytes",
+    }  # fmt: skip
+
+    async def talk(visitor):
+        await visitor.ask(START)
+        await visitor.ask(step(0))
+        for message, reason in bad.items():
+            assert reason in (await visitor.ask(message))["error"], message
+        return await visitor.ask(step(0))
+
+    assert visit(site[0], talk)[0] == 2
+
+
+def test_floods_and_large_messages_end_their_own_game_alone(site):
+    async def talk(calm, flood):
+        await calm.ask(START)
+        for _ in range(300):
+            await flood.send(step(0))
+        number, _ = await calm.ask(step(1))
+        heard = [await flood.hear()]
+        while not isinstance(heard[-1], int):
+            heard.append(await flood.hear())
+        assert number == 1 and heard[-1] == 1008 and "without waiting" in [h for h in heard if isinstance(h, dict)][-1]["error"]
+        return await calm.ask(step(1))
+
+    assert visit(site[0], talk, visitors=2)[0] == 2
+
+    async def large(visitor):
+        return await visitor.ask(bytes(20_000))
+
+    assert visit(site[0], large) == 1009  # message too big
+
+
+def test_games_are_limited_and_a_closed_tab_frees_its_own(site):
+    async def full(*visitors):
+        for visitor in visitors[:LIMIT]:
+            assert (await visitor.ask(START))[0] == 0
+        refused = await visitors[LIMIT].hear()
+        assert f"{LIMIT} games are being played" in refused["error"] and await visitors[LIMIT].hear() == 1013
+
+    visit(site[0], full, visitors=LIMIT + 1)
+
+    async def free(visitor):
+        while site[1].games > 1:  # the server hears of closed sockets a moment later
+            await asyncio.sleep(0.05)
+        return await visitor.ask(START)
+
+    assert visit(site[0], free)[0] == 0
+
+
+def test_only_its_own_page_may_play_and_only_its_own_files_are_served(site):
+    url = site[0]
+    port = url.rpartition(":")[2]
+
+    async def get():
+        async with aiohttp.ClientSession() as session:
+
+            async def status(path, **headers):
+                async with session.get(aiohttp.client.URL(url + path, encoded=True), headers=headers) as reply:
+                    return reply.status
+
+            assert [await status(path) for path in ("/", "/page.js", "/worlds/1/legend.png")] == [200] * 3
+            for path in ("/../play.py", "/..%2fplay.py", "/web/server.py", "/server.py", "/worlds/2/world.json", "/%00", "/socket/2"):
+                assert await status(path, Origin=url) == 404, path
+            assert await status("/", Host=f"localhost:{port}") == 200
+            for host in ("evil.example", f"evil.example:{port}", "[", "127.0.0.1.evil.example"):
+                assert await status("/", Host=host) in (400, 403), host
+            for origin in ({}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": f"http://localhost:{port}"}):
+                with pytest.raises(aiohttp.WSServerHandshakeError) as refusal:
+                    await session.ws_connect(f"{url}/socket/0", headers=origin)
+                assert refusal.value.status == 403, origin
+            tunnel = {"Host": "localhost:9999", "Origin": "http://localhost:9999"}  # a tunnel changes the port of both
+            async with session.ws_connect(f"{url}/socket/0", headers=tunnel):
+                pass
+
+    asyncio.run(get())
+
+
+def test_an_address_that_cannot_be_had(world):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        for host, number in (("127.0.0.1", port), ("no.such.host.invalid", 0)):
+            with pytest.raises(UserError, match=f"cannot listen on {host}:{number} .*choose another --port"):
+                asyncio.run(web.server.run(web.server.Site([("w", world, world.start_frames.numpy())], host, 1), host, number))
+    assert [web.server.is_loopback(host) for host in ("localhost", "127.0.0.1", "::1", "0.0.0.0", "192.168.0.2", "name")] == [True] * 3 + [False] * 3
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("browser tests need chromium")
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """open_page(address) → the page, playing; every request elsewhere fails the test."""
+    foreign, pages = [], []
+
+    def open_page(url):
+        context = browser.new_context(has_touch=True)
+        context.route(lambda address: not address.startswith((url, "blob:", "data:")), lambda route: (foreign.append(route.request.url), route.abort()))
+        page = context.new_page()
+        page.on("pageerror", lambda error: foreign.append(str(error)))
+        page.goto(url)
+        page.wait_for_selector("body[data-ready]", timeout=60_000)
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.context.close()
+    assert foreign == []
+
+
+def clock(page):
+    return int(page.inner_text("#clock"))
+
+
+def wait_until(page, condition):
+    for _ in range(600):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise TimeoutError(condition)
+
+
+def picture(page, screen=0):
+    pixels = page.evaluate(
+        "(i) => { const c = document.querySelectorAll('#screens canvas')[i]; return [...c.getContext('2d').getImageData(0, 0, 64, 64).data] }", screen
+    )
+    return np.array(pixels, dtype=np.uint8).reshape(64, 64, 4)[..., :3]
+
+
+def saved(page, button, folder):
+    with page.expect_download() as download:
+        page.click(button)
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+def hold(page, key, frames):
+    """Step so many frames by hand with a key held down."""
+    if key:
+        page.keyboard.down(key)
+    for _ in range(frames):
+        n = clock(page)
+        page.keyboard.press(".")
+        wait_until(page, f"document.querySelector('#clock').textContent == {n + 1}")
+    if key:
+        page.keyboard.up(key)
+
+
+def drop(page, name, content):
+    page.evaluate(
+        """([name, content]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name));
+            for (const kind of ["dragenter", "dragover", "drop"]) document.body.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+        }""",
+        [name, base64.b64encode(content).decode()],
+    )
+
+
+def exercise(page, folder):
+    """What must work wherever the world is; → the saved run, the frames' bytes at its end."""
+    wait_until(page, "+document.querySelector('#clock').textContent > 3")  # it plays by itself
+    page.keyboard.press(" ")
+    page.wait_for_timeout(300)
+    n = clock(page)
+    page.wait_for_timeout(400)
+    assert clock(page) == n  # paused
+    page.click("#starts button >> nth=1")
+    wait_until(page, "document.querySelector('#clock').textContent == 0")
+    page.keyboard.down("3")
+    page.keyboard.down("5")
+    assert page.get_attribute("body", "data-action") == "5"  # the newest counts
+    page.keyboard.up("5")
+    assert page.get_attribute("body", "data-action") == "3"
+    page.keyboard.up("3")
+    button = page.locator("#actions button").nth(4)
+    button.dispatch_event("pointerdown", {"pointerId": 1})
+    assert page.get_attribute("body", "data-action") == "4" and "held" in button.get_attribute("class")
+    page.evaluate("dispatchEvent(new Event('blur'))")
+    assert page.get_attribute("body", "data-action") != "4"
+    ends = {}
+    for key in ("1", "2", "3", "4"):  # from one beginning, each by another way
+        hold(page, key, 4)
+        assert clock(page) == 4
+        ends[key] = picture(page)
+        page.evaluate("const t = document.querySelector('#timeline'); t.value = 0; t.dispatchEvent(new Event('input'))")
+        assert clock(page) == 0
+    assert max(np.abs(ends["1"].astype(int) - ends[key]).max() for key in "234") > 30  # the keys do something
+    hold(page, "1", 4)
+    assert np.array_equal(picture(page), ends["1"])  # the same way again
+    hold(page, "2", 2)
+    page.evaluate("const t = document.querySelector('#timeline'); t.value = 4; t.dispatchEvent(new Event('input'))")
+    hold(page, "4", 2)
+    assert clock(page) == 6 and page.get_attribute("#timeline", "max") == "6"
+    return saved(page, "#json", folder), picture(page)
+
+
+def test_the_page_plays_the_game_of_the_server(site, world, open_page, tmp_path):
+    page = open_page(site[0])
+    run, end = exercise(page, tmp_path)
+    game, actions = read_run(run, world)
+    assert actions == [1, 1, 1, 1, 4, 4]
+    frames = [game.frame] + [game.press(a) for a in actions]
+    assert np.array_equal(frames[-1], end)  # to the last bit
+    gif = Image.open(saved(page, "#gif", tmp_path))
+    assert gif.size == (256, 256) and gif.info["duration"] == round(100 / world.fps) * 10
+    for n in (0, gif.n_frames - 1):
+        gif.seek(n)
+        assert np.abs(np.asarray(gif.convert("RGB"))[::4, ::4].astype(int) - frames[0 if n == 0 else -1]).mean() < 6  # of 256 colours
+    film = saved(page, "#mp4", tmp_path)
+    assert film.stat().st_size > 1000
+    # a picture dropped on the page, and something that is none
+    content, source = io.BytesIO(), np.zeros((64, 64, 3), dtype=np.uint8)
+    source[:32, :, 0] = 255
+    Image.fromarray(source).save(content, "PNG")
+    drop(page, "red.png", content.getvalue())
+    wait_until(page, "document.querySelector('#clock').textContent == 0")
+    page.wait_for_timeout(200)
+    assert np.array_equal(picture(page), source)
+    hold(page, "1", 1)
+    drop(page, "text.png", b"no picture")
+    wait_until(page, "document.querySelector('#notice').textContent.includes('not a picture')")
+    # side by side: random actions from the same beginning, then another world
+    games = site[1].games
+    page.select_option("#beside", "random")
+    wait_until(page, "document.querySelectorAll('#screens canvas').length == 2 && document.querySelector('#clock').textContent == 0")
+    hold(page, "1", 12)
+    assert site[1].games == games + 1 and not np.array_equal(picture(page, 0), picture(page, 1))
+    page.select_option("#beside", "1")
+    wait_until(page, "document.querySelectorAll('figcaption')[1].textContent == 'second'")
+    hold(page, "1", 1)
+    page.close()  # the tab is closed: both games are free
+    other = open_page(site[0])
+    other.wait_for_timeout(500)
+    assert site[1].games == 1
+
+
+def test_the_static_page_plays_without_a_server_and_finds_pytorchs_tokens(world_dir, open_page, tmp_path):
+    pytest.importorskip("onnxscript", reason='the export is an extra: pip install ".[web]"')
+    out = tmp_path / "site"
+    play.main(["--checkpoint", world_dir, "--export-web", str(out)])
+    play_again = ["--checkpoint", world_dir, "--export-web", str(tmp_path)]
+    with pytest.raises(UserError, match="is not empty and no earlier export"):
+        play.main(play_again)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=out)
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        page = open_page(f"http://127.0.0.1:{files.server_port}")
+        run, end = exercise(page, tmp_path)
+        game, actions = read_run(run, WorldModel.load(world_dir))  # rounds the weights as the page has them
+        frames = [game.press(a) for a in actions]
+        assert actions == [1, 1, 1, 1, 4, 4] and np.abs(frames[-1].astype(int) - end).max() <= 1  # a pixel may round the other way
+        pressed = [int(a) for a in np.random.default_rng(0).integers(0, 8, 64)]
+        found = page.evaluate(
+            """async (actions) => {
+                const world = (await import("./channel.js")).connect(0, "local");
+                await world.ask({ type: "start", start: 3, seed: 0 });
+                for (const action of actions) await world.ask({ type: "step", action });
+                await world.ask({ type: "rewind", to: 40 });
+                for (const action of actions.slice(40)) await world.ask({ type: "step", action });
+                return (await world.ask({ type: "save" })).tokens;
+            }""",
+            pressed,
+        )
+        game.start(game.world.start_frames[3].numpy())
+        for action in pressed:
+            game.press(action)
+        assert found == [tokens[0].tolist() for tokens in game.tokens]
+        picture_start = page.evaluate("(bytes) => import('./channel.js').then((c) => c.connect(0, 'local').ask(Uint8Array.from(bytes)))", [255] * 12288)
+        assert picture_start["number"] == 0
+        files.shutdown()
