@@ -34,7 +34,7 @@ def world_dir(tmp_path_factory):
     """A world that obeys, trained on the dummy data in well under a minute."""
     out = str(tmp_path_factory.mktemp("world") / "dummy")
     options = ["--use-dummy-data", "--out", out, "--preset", "tiny"]
-    train_tokenizer.main(options)
-    train_lam.main([*options, "--n-updates", "240"])
-    train_dynamics.main([*options, "--n-updates", "240"])
+    train_tokenizer.main([*options, "--n-updates", "110"])
+    train_lam.main([*options, "--n-updates", "180"])
+    train_dynamics.main([*options, "--n-updates", "200"])
     return out

@@ -58,8 +58,6 @@ class Screen {
   }
 
   start(start, seed) {
-    this.start_ = start;
-    this.seed = seed;
     this.clear();
     return this.ask({ type: "start", start: start % this.world.starts, seed });
   }
@@ -172,7 +170,9 @@ setInterval(() => {
 }, 1000 / world.fps);
 
 // ---- beginnings
+let beginning; // how the game began: a function of the screen
 async function begin(how) {
+  beginning = how;
   say("");
   try {
     await Promise.all(screens.map(how));
@@ -211,7 +211,7 @@ async function drop(file) {
     context.imageSmoothingQuality = "high";
     context.drawImage(image, (image.width - side) / 2, (image.height - side) / 2, side, side, 0, 0, w, h);
     const { data } = context.getImageData(0, 0, w, h);
-    return screen.startFrom(data.filter((_, i) => i % 4 < 3).slice());
+    return screen.startFrom(Uint8Array.from(data.filter((_, i) => i % 4 < 3)));
   });
 }
 addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("drop"); });
@@ -230,7 +230,7 @@ $("beside").onchange = async (event) => {
     const random = choice === "random", second = new Screen(random ? 0 : Number(choice), random);
     second.caption.textContent = random ? "random actions" : second.world.name;
     screens.push(second);
-    restart(first.start_); // both from their beginning
+    begin(beginning); // both, as the first did
   }
 };
 
@@ -240,10 +240,15 @@ function stepAll() {
   for (const screen of screens) screen.step(held()).catch(fail);
 }
 const ready = (screen) => screen.frames.length && screen.open < (screen.back ? 1 : 2); // before a way back nothing is on its way
-setInterval(() => { if (!paused && performance.now() >= due - 2 && screens.every(ready)) stepAll(); }, 4);
+let once = false; // one frame, as soon as it can be
+setInterval(() => {
+  if (!once && (paused || performance.now() < due - 2) || !screens.every(ready)) return;
+  once = false;
+  stepAll();
+}, 4);
 function stepOnce() {
   pause(true);
-  if (screens.every(ready)) stepAll();
+  once = true;
 }
 $("pause").onclick = () => pause(!paused);
 $("one").onclick = stepOnce;
