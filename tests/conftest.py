@@ -35,6 +35,6 @@ def world_dir(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("world") / "dummy")
     options = ["--use-dummy-data", "--out", out, "--preset", "tiny"]
     train_tokenizer.main([*options, "--n-updates", "110"])
-    train_lam.main([*options, "--n-updates", "180"])
-    train_dynamics.main([*options, "--n-updates", "200"])
+    train_lam.main([*options, "--n-updates", "160"])
+    train_dynamics.main([*options, "--n-updates", "180"])
     return out

@@ -7,6 +7,7 @@ import pytest
 
 import bench
 import config
+import play
 import train_dynamics
 import train_lam
 import train_tokenizer
@@ -62,7 +63,8 @@ def test_files_and_options_in_the_readme_exist():
         assert (ROOT / (name[0] or name[1])).exists(), name
     options = {"--" + name.replace("_", "-") for kind in (config.TokenizerConfig, config.LatentActionConfig, config.DynamicsConfig)
                for name in kind.__dataclass_fields__}  # fmt: skip
-    elsewhere = {"--checkpoint", "--actions", "--save", "--fvd-features", "--save-images", "--frames", "--help"}
+    elsewhere = {"--checkpoint", "--fvd-features", "--save-images", "--frames", "--help"}
+    elsewhere |= set(re.findall(r'add_argument\("(--[a-z-]+)"', Path(play.__file__).read_text()))
     elsewhere |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--peer-size", "--peer", "--age"}  # torchrun, bench.py
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= options | elsewhere
     assert all(game in README for game in GAMES)

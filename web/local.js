@@ -51,6 +51,7 @@ class Graph {
 
 async function runtime(name) {
   const ort = await import(`./runtime/ort.${name}.min.mjs`);
+  ort.env.logLevel = "error";
   ort.env.wasm.wasmPaths = new URL("runtime/", location.href).href;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1; // else only one is allowed
   return ort;
