@@ -36,5 +36,5 @@ def world_dir(tmp_path_factory):
     options = ["--use-dummy-data", "--out", out, "--preset", "tiny"]
     train_tokenizer.main([*options, "--n-updates", "110"])
     train_lam.main([*options, "--n-updates", "160"])
-    train_dynamics.main([*options, "--n-updates", "180"])
+    train_dynamics.main([*options, "--n-updates", "220"])
     return out

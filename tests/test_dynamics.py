@@ -147,4 +147,4 @@ def test_the_right_action_explains_the_dummy_world_better(world_dir):
         for given in (actions, (actions + torch.randint(1, 8, actions.shape)) % 8):
             torch.manual_seed(0)
             losses.append(models["dynamics"](tokens, given)[0])
-    assert losses[0] < 0.8 * losses[1]
+    assert losses[0] < 0.9 * losses[1]
