@@ -22,7 +22,7 @@ class Game:
     """One world being played from one of `starts`, uint8 (n, T, H, W, 3).
 
     The same start, seed and actions give the same frames, bit for bit, also after a way back: the dice of a frame depend on the seed and
-    on its number alone. Several games may share a world's networks; each keeps its own memory of what happened.
+    on its number alone. (Sums round by the number of threads, so a run remembers that, too.) Several games may share a world's networks; each keeps its own memory of what happened.
     """
 
     def __init__(self, world, starts, seed=0):
@@ -82,20 +82,19 @@ class Game:
         return {
             "what": "nanoworld run", "world": self.world.identity, "shape": list(self.clip.shape),
             "clip": base64.b64encode(self.clip.tobytes()).decode(), "seed": self.seed, "steps": self.world.steps,
-            "temperature": self.world.temperature, "actions": self.actions,
+            "temperature": self.world.temperature, "actions": self.actions, "threads": torch.get_num_threads(),
         }  # fmt: skip
 
 
 def read_run(path, world):
-    """A file that `Game.record` made, or the page saved → (the Game at its beginning, the actions). Raises UserError."""
+    """A file that `Game.record` made, or the page saved → (the Game at its beginning, the actions). Sets torch's threads. Raises UserError."""
     try:
         run = json.loads(Path(path).read_text(encoding="utf-8"))
-        if run["what"] != "nanoworld run":
-            raise ValueError
-        shape, actions = run["shape"], run["actions"]
+        shape, actions, seed, steps, threads = run["shape"], run["actions"], run["seed"], run["steps"], run.get("threads", 1)
         clip = np.frombuffer(base64.b64decode(run["clip"], validate=True), dtype=np.uint8).reshape(shape)
-        numbers = [run["seed"], run["steps"], *actions]
-        if len(shape) != 4 or 0 in shape or not all(isinstance(n, int) and n >= 0 for n in numbers) or not run["steps"] or not run["temperature"] >= 0:
+        numbers = all(type(n) is int and 0 <= n < 2**31 for n in [seed, steps, threads, *actions])
+        sound = run["what"] == "nanoworld run" and isinstance(actions, list) and len(shape) == 4 and 0 not in shape
+        if not (sound and numbers and steps and 1 <= threads <= 1024 and 0 <= run["temperature"] < float("inf")):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, binascii.Error, RecursionError):
         raise UserError(f"{path} is not a run that this project saved; save one with --save run.json or on the page") from None
@@ -106,8 +105,10 @@ def read_run(path, world):
     world = copy.copy(world)
     if run.get("half"):
         round_weights(world)
-    world.steps, world.temperature = run["steps"], run["temperature"]
-    return Game(world, clip[None], run["seed"]), actions
+    if "threads" in run:
+        torch.set_num_threads(threads)
+    world.steps, world.temperature = steps, run["temperature"]
+    return Game(world, clip[None], seed), actions
 
 
 def round_weights(world):

@@ -10,6 +10,7 @@ terminates; it is truncated after `max_episode_steps` [1000]. reset(options={"fr
 """
 import gymnasium
 import numpy as np
+from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -29,8 +30,10 @@ def load(checkpoint, device, steps, temperature):
     return world, Box(0, 255, (*world.frame_size, 3), np.uint8), Discrete(world.n_actions)
 
 
-def begin(world, dice, frames):
-    """Start worlds after frames, uint8 (T, H, W, 3), or for B at once (B, T, H, W, 3); → the last of each."""
+def begin(world, dice, frames, ndim):
+    """Start worlds after frames, uint8 (T, H, W, 3) (ndim 4), or for B at once (B, T, H, W, 3) (ndim 5); → the last of each."""
+    if frames.dtype != np.uint8 or frames.ndim != ndim:
+        raise ValueError(f"frames must be uint8 (H, W, 3) or (T, H, W, 3), not {frames.dtype} {frames.shape}")
     world.generator.manual_seed(int(dice.integers(2**31)))
     world.reset(frames)
     return np.array(frames[..., -1, :, :, :])
@@ -50,15 +53,17 @@ class WorldModelEnv(gymnasium.Env):
         super().reset(seed=seed)
         starts = self.world.start_frames.numpy()
         frames = np.asarray((options or {}).get("frames", starts[self.np_random.integers(len(starts))]))
-        self.frame = begin(self.world, self.np_random, frames[None] if frames.ndim == 3 else frames)
+        self.frame = begin(self.world, self.np_random, frames[None] if frames.ndim == 3 else frames, ndim=4)
         return self.frame.copy(), {}
 
     def step(self, action):
+        if self.frame is None:
+            raise ResetNeeded("call reset() before step()")
         self.frame = self.world.step(int(action))
         return self.frame.copy(), 0.0, False, False, {}
 
     def render(self):
-        return self.frame if self.render_mode == "rgb_array" else None
+        return self.frame.copy() if self.render_mode == "rgb_array" and self.frame is not None else None
 
 
 class WorldModelVectorEnv(VectorEnv):
@@ -81,10 +86,14 @@ class WorldModelVectorEnv(VectorEnv):
         frames = np.asarray((options or {}).get("frames", starts[self.np_random.integers(len(starts), size=self.num_envs)]))
         if frames.ndim < 5:  # one beginning for all
             frames = np.repeat(frames.reshape(1, -1, *frames.shape[-3:]), self.num_envs, axis=0)
-        self.frames = begin(self.world, self.np_random, frames)
+        if len(frames) != self.num_envs:
+            raise ValueError(f"there are {self.num_envs} worlds, but {len(frames)} clips to begin from")
+        self.frames = begin(self.world, self.np_random, frames, ndim=5)
         return self.frames.copy(), {}
 
     def step(self, actions):
+        if self.frames is None:
+            raise ResetNeeded("call reset() before step()")
         no = np.zeros(self.num_envs, dtype=bool)
         if self.elapsed == self.max_episode_steps:
             return self.reset()[0], np.zeros(self.num_envs), no, no.copy(), {}
@@ -93,4 +102,4 @@ class WorldModelVectorEnv(VectorEnv):
         return self.frames.copy(), np.zeros(self.num_envs), no, np.full(self.num_envs, self.elapsed == self.max_episode_steps), {}
 
     def render(self):
-        return tuple(self.frames) if self.render_mode == "rgb_array" else None
+        return tuple(self.frames.copy()) if self.render_mode == "rgb_array" and self.frames is not None else None

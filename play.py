@@ -123,13 +123,14 @@ def play_window(game, fps, actions=()):
     cv2.destroyAllWindows()
 
 
-def save(game, path, fps):
-    """What was played: as a GIF or film, played again for it, or as JSON for --replay."""
+def save(game, path, fps, frames=()):
+    """What was played: as JSON for --replay, or as a GIF or film of its frames, played again if they were not kept."""
     if Path(path).suffix.lower() == ".json":
         Path(path).write_text(json.dumps(game.record()), encoding="utf-8")
     else:
-        actions, game = game.actions, Game(game.world, game.clip[None], game.seed)
-        frames = [game.frame] + [game.press(action) for action in actions]
+        if not frames:
+            again = Game(game.world, game.clip[None], game.seed)
+            frames = [again.frame] + [again.press(action) for action in game.actions]
         save_video([enlarge(frame, max(1, 256 // frame.shape[0])) for frame in frames], path, fps)
     print(f"{path}: {len(game.actions) + 1} frames")
 
@@ -159,6 +160,14 @@ def main(argv=None):
         raise UserError("--actions needs --save: --actions 0,3,3,1 --save out.gif")
     if args.actions and args.replay:
         raise UserError("--actions and --replay both say what to play; leave one out")
+    if args.web and args.export_web:
+        raise UserError("--web serves a page and --export-web writes one; leave one out")
+    if (args.web or args.export_web) and (args.actions or args.replay or args.save):
+        raise UserError("--actions, --replay and --save are not for the page, which has buttons for that; leave them out")
+    if args.export_web and args.temperature:
+        raise UserError("the exported page plays without dice; leave out --temperature")
+    if args.replay and not (args.steps is args.temperature is None and not args.frame and not args.data_path):
+        raise UserError("a saved run says itself how it began and how it was sampled; leave out --frame, --data-path, --steps and --temperature")
     if args.save and Path(args.save).suffix.lower() not in (".gif", ".mp4", ".json"):
         raise UserError(f"cannot save a run as {args.save}; use a name that ends in .gif, .mp4 or .json")
     if args.fps is not None and args.fps <= 0:
@@ -201,10 +210,9 @@ def main(argv=None):
     if args.save:
         make_folder(Path(args.save).parent)
     if alone:
-        for action in actions:
-            game.press(action)
-    else:
-        play_window(game, world.fps, actions)
+        frames = [game.frame] + [game.press(action) for action in actions]
+        return save(game, args.save, world.fps, frames)
+    play_window(game, world.fps, actions)
     if args.save:
         save(game, args.save, world.fps)
 

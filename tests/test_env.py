@@ -60,6 +60,15 @@ def test_bad_input(world_dir, tmp_path):
     env = gymnasium.make(NAME, checkpoint=world_dir)
     with pytest.raises(ValueError, match="frames of"):
         env.reset(options={"frames": np.zeros((32, 32, 3), dtype=np.uint8)})
+    for frames in (np.zeros((64, 64, 3)), np.zeros((1, 4, 64, 64, 3), dtype=np.uint8)):
+        with pytest.raises(ValueError, match="frames must be uint8"):
+            env.reset(options={"frames": frames})
+    envs = gymnasium.make_vec(NAME, num_envs=2, vectorization_mode="vector_entry_point", checkpoint=world_dir)
+    for game in (env.unwrapped, envs):
+        with pytest.raises(gymnasium.error.ResetNeeded):
+            game.step(envs.action_space.sample())
+    with pytest.raises(ValueError, match="2 worlds, but 3 clips"):
+        envs.reset(options={"frames": np.zeros((3, 1, 64, 64, 3), dtype=np.uint8)})
     env.reset(seed=0)
     with pytest.raises(ValueError, match="action 8 is not one of 0 … 7"):
         env.unwrapped.step(8)

@@ -3,6 +3,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import play
@@ -75,6 +76,17 @@ def test_a_saved_run_plays_again_and_is_checked(world_dir, tmp_path):
     assert all(np.array_equal(game.press(a), first.press(a)) for a in actions)
     play.main(options(world_dir, "--replay", str(run), "--save", str(gif)))
     assert Image.open(gif).n_frames >= 2
+    before = torch.get_num_threads()
+    try:  # sums over more threads round differently; a run knows how many there were
+        torch.set_num_threads(1)
+        first = Game(world, world.start_frames.numpy())
+        frames = [first.press(a) for a in range(8)]
+        run.write_text(json.dumps(first.record()))
+        torch.set_num_threads(2)
+        game, actions = read_run(run, WorldModel.load(world_dir))
+        assert np.array_equal([game.press(a) for a in actions], frames) and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
     saved = json.loads(run.read_text())
     for change, message in [
         ({"world": "00000000"}, "was played in world 00000000, this is"),
@@ -84,6 +96,11 @@ def test_a_saved_run_plays_again_and_is_checked(world_dir, tmp_path):
         ({"clip": saved["clip"][:-8]}, "is not a run"),
         ({"shape": [4, 64, 64]}, "is not a run"),
         ({"temperature": None}, "is not a run"),
+        ({"temperature": float("inf")}, "is not a run"),
+        ({"seed": 2**33}, "is not a run"),
+        ({"steps": True}, "is not a run"),
+        ({"actions": {}}, "is not a run"),
+        ({"threads": 0}, "is not a run"),
         ({"what": "song"}, "is not a run"),
     ]:
         run.write_text(json.dumps(saved | change))
@@ -117,6 +134,10 @@ def test_bad_input(world_dir, tmp_path, monkeypatch):
         (["--replay", str(tmp_path / "none.json"), "--save", out], "is not a run that this project saved"),
         (["--web", "--port", "70000"], "--port must be from 0 to 65535, got 70000"),
         (["--web", "--games", "0"], "--games must be at least 1, got 0"),
+        (["--web", "--export-web", "x"], "leave one out"),
+        (["--web", "--save", out], "are not for the page"),
+        (["--export-web", "x", "--temperature", "1"], "plays without dice"),
+        (["--replay", "x", "--save", out, "--steps", "3"], "a saved run says itself"),
         (["--beside", world_dir], "--beside needs --web or --export-web"),
         (["--actions", "0", "--save", out, "--frame", str(tmp_path / "text.png")], "not a picture that can be read"),
         (["--actions", "0", "--save", out, "--frame", str(tmp_path / "none.png")], "not a picture that can be read"),

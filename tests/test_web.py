@@ -8,6 +8,7 @@ import json
 import shutil
 import socket
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -167,6 +168,24 @@ def test_floods_and_large_messages_end_their_own_game_alone(site):
     assert visit(site[0], large) == 1009  # message too big
 
 
+@pytest.mark.slow
+def test_who_never_listens_is_cut_off(site):
+    async def talk(deaf, other):
+        deaf.socket._response.connection.transport.pause_reading()
+        noise = np.random.default_rng(0).integers(0, 256, 12288, dtype=np.uint8).tobytes()
+        await other.ask(START)
+        assert site[1].games == 2
+        with suppress(aiohttp.ClientError, ConnectionError):
+            while site[1].games > 1:  # the buffers on the way fill up, the answers stay in the server, and it ends this game
+                await deaf.send(noise)
+                await asyncio.sleep(0.001)
+        while site[1].games > 1:
+            await asyncio.sleep(0.05)
+        return await other.ask(START)
+
+    assert visit(site[0], talk, visitors=2)[0] == 0
+
+
 def test_games_are_limited_and_a_closed_tab_frees_its_own(site):
     async def full(*visitors):
         for visitor in visitors[:LIMIT]:
@@ -201,7 +220,7 @@ def test_only_its_own_page_may_play_and_only_its_own_files_are_served(site):
             assert await status("/", Host=f"localhost:{port}") == 200
             for host in ("evil.example", f"evil.example:{port}", "[", "127.0.0.1.evil.example"):
                 assert await status("/", Host=host) in (400, 403), host
-            for origin in ({}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": f"http://localhost:{port}"}):
+            for origin in ({}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://["}, {"Origin": f"http://localhost:{port}"}):
                 with pytest.raises(aiohttp.WSServerHandshakeError) as refusal:
                     await session.ws_connect(f"{url}/socket/0", headers=origin)
                 assert refusal.value.status == 403, origin
@@ -219,7 +238,9 @@ def test_an_address_that_cannot_be_had(world):
         for host, number in (("127.0.0.1", port), ("no.such.host.invalid", 0)):
             with pytest.raises(UserError, match=f"cannot listen on {host}:{number} .*choose another --port"):
                 asyncio.run(web.server.run(web.server.Site([("w", world, world.start_frames.numpy())], host, 1), host, number))
-    assert [web.server.is_loopback(host) for host in ("localhost", "127.0.0.1", "::1", "0.0.0.0", "192.168.0.2", "name")] == [True] * 3 + [False] * 3
+    hosts = ("127.0.0.1", "::1", "0.0.0.0", "192.168.0.2", "name")
+    assert [web.server.is_address(host, "is_loopback") for host in hosts] == [True, True, False, False, False]
+    assert [web.server.is_address(host, "is_unspecified") for host in hosts] == [False, False, True, False, False]
 
 
 # ---- in a browser
@@ -381,6 +402,14 @@ def test_the_page_plays_the_game_of_the_server(site, world, open_page, tmp_path)
     page.select_option("#beside", "1")
     wait_until(page, "document.querySelectorAll('figcaption')[1].textContent == 'second' && document.querySelector('#clock').textContent == 0")
     hold(page, "1", 1)
+    third = open_page(site[0])  # and now there is no place for another
+    third.select_option("#beside", "random")
+    wait_until(third, "document.querySelector('#notice').textContent.includes('which is the limit')")
+    n = clock(third)
+    assert third.locator("#screens canvas").count() == 1
+    hold(third, "", 1)
+    assert clock(third) > n  # the first game goes on
+    third.close()
     page.close()  # the tab is closed: both games are free
     other = open_page(site[0])
     other.wait_for_timeout(500)

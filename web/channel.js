@@ -5,8 +5,10 @@ export function connect(number, play) {
   let port, closed = "";
 
   const settle = (reply) => {
-    const { resolve, reject } = questions.shift() ?? { resolve() {}, reject(error) { closed = error.message; } };
-    reply.error === undefined ? resolve(reply) : reject(new Error(reply.error));
+    const question = questions.shift();
+    if (!question) closed = reply.error ?? ""; // a refusal before anything was asked
+    else if (reply.error === undefined) question.resolve(reply);
+    else question.reject(new Error(reply.error));
   };
   const receive = (data) => {
     if (typeof data === "string") return settle(JSON.parse(data));

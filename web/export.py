@@ -168,6 +168,7 @@ def export(worlds, out):
     if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / "worlds.json").exists()):
         raise UserError(f"--export-web {out} is not empty and no earlier export; choose another folder")
     dist = runtime()
+    shutil.rmtree(out / "worlds", ignore_errors=True)  # of an earlier export
     make_folder(out / "runtime")
     for name, content in files(worlds, "local").items():
         make_folder((out / name).parent)

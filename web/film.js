@@ -102,6 +102,7 @@ function compress(pixels) {
     prefix = pixels[i];
   }
   emit(prefix);
+  if (next === 1 << size && size < 12) size++; // the reader has added an entry for the last prefix
   emit(end);
   if (bits) bytes.push(held & 255);
   return bytes;

@@ -97,7 +97,7 @@ function fill(tokens, logits, step) {
     for (let v = 0; v < V; v++) sum += Math.exp(logits[i * V + v] - logits[i * V + best]);
     open.push({ i, best, confidence: -Math.log(sum) });
   });
-  const stillMasked = step === local.steps ? 0 : Math.floor(N * Math.cos((Math.PI / 2) * (step / local.steps)));
+  const stillMasked = step === local.steps ? 0 : Math.floor(N * Math.cos(((Math.PI / 2) * step) / local.steps));
   open.sort((a, b) => b.confidence - a.confidence || a.i - b.i);
   for (const { i, best } of open.slice(0, open.length - stillMasked)) tokens[i] = best;
 }

@@ -90,6 +90,7 @@ class Screen {
 }
 
 let drawn = 0, paused = false, due = 0;
+let once = false; // one frame, as soon as it can be
 const fail = (error) => { if (error.message !== "closed") { pause(true); say(error.message); } };
 const screens = [];
 screens.push(new Screen(0));
@@ -98,6 +99,7 @@ $("name").textContent = document.title = world.name;
 
 function pause(on) {
   paused = on;
+  once = false;
   due = 0;
   $("pause").textContent = on ? "play" : "pause";
 }
@@ -135,7 +137,7 @@ world.actions.forEach(({ key, arrow }, i) => {
 const commands = { Space: () => pause(!paused), Period: () => stepOnce(), KeyR: () => restart() };
 
 addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(event.target.tagName) && event.target.id !== "timeline") return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "SELECT") return;
   const action = byCode.get(event.code);
   if (action === undefined && !commands[event.code]) return;
   event.preventDefault(); // no scrolling, no button pressed by Space
@@ -172,7 +174,9 @@ setInterval(() => {
 // ---- beginnings
 let beginning; // how the game began: a function of the screen
 async function begin(how) {
+  if (screens.some((screen) => screen.open > 8)) return; // the link is slow; what was asked for comes first
   beginning = how;
+  once = false;
   say("");
   try {
     await Promise.all(screens.map(how));
@@ -217,7 +221,11 @@ async function drop(file) {
 addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("drop"); });
 addEventListener("dragleave", () => document.body.classList.remove("drop"));
 addEventListener("drop", (event) => { event.preventDefault(); document.body.classList.remove("drop"); drop(event.dataTransfer.files[0]); });
-$("picture").querySelector("input").onchange = (event) => drop(event.target.files[0]);
+$("picture").querySelector("input").onchange = ({ target }) => {
+  drop(target.files[0]);
+  target.value = ""; // the same file may be chosen again
+  target.blur();
+};
 
 // ---- side by side
 info.slice(1).forEach(({ name }, i) => $("beside").append(new Option(name, i + 1)));
@@ -226,11 +234,17 @@ $("beside").onchange = async (event) => {
   event.target.blur();
   screens.splice(1).forEach((screen) => screen.remove());
   first.caption.textContent = choice ? "your keys" : "";
-  if (choice) {
-    const random = choice === "random", second = new Screen(random ? 0 : Number(choice), random);
-    second.caption.textContent = random ? "random actions" : second.world.name;
+  if (!choice) return;
+  const random = choice === "random", second = new Screen(random ? 0 : Number(choice), random);
+  second.caption.textContent = random ? "random actions" : second.world.name;
+  try {
+    await beginning(second);
     screens.push(second);
-    begin(beginning); // both, as the first did
+    begin(beginning); // both, from the beginning
+  } catch (error) { // no place for another game: the first goes on
+    second.remove();
+    event.target.value = first.caption.textContent = "";
+    say(error.message);
   }
 };
 
@@ -240,7 +254,6 @@ function stepAll() {
   for (const screen of screens) screen.step(held()).catch(fail);
 }
 const ready = (screen) => screen.frames.length && screen.open < (screen.back ? 1 : 2); // before a way back nothing is on its way
-let once = false; // one frame, as soon as it can be
 setInterval(() => {
   if (!once && (paused || performance.now() < due - 2) || !screens.every(ready)) return;
   once = false;
@@ -256,15 +269,16 @@ $("restart").onclick = () => restart();
 $("speed").onchange = (event) => { due = 0; event.target.blur(); };
 $("timeline").oninput = (event) => {
   pause(true);
+  const to = Math.min(Number(event.target.value), ...screens.map((screen) => screen.last));
   for (const screen of screens) {
     screen.back = true;
-    screen.show(Number(event.target.value));
+    screen.show(to);
   }
 };
 
 setInterval(() => {
   const { latency } = screens[0];
-  $("speedometer").textContent = `${drawn / screens.length} frames/s · ${latency.toFixed(0)} ms from key to picture`;
+  $("speedometer").textContent = `${drawn / screens.length} frames/s · ${latency.toFixed(0)} ms to answer`;
   Object.assign(document.body.dataset, { fps: drawn / screens.length, latency: latency.toFixed(1) });
   drawn = 0;
 }, 1000);
@@ -311,3 +325,4 @@ $("json").onclick = saving(async () => {
 light();
 await restart(0);
 document.body.dataset.ready = "yes";
+if (play === "local") screens[0].channel.ask({ type: "save" }).then(({ where }) => ($("where").textContent = `in this browser, by ${where}`));

@@ -1,7 +1,7 @@
 """`python play.py --web`: the page over HTTP, and behind each WebSocket one game.
 
-The page asks and the server answers, one answer per message, in order; it never speaks first. So the page's clock sets the pace, and as it
-keeps at most two questions open, a slow link makes the game slow, not late.
+The page asks and the server answers, one answer per message, in order. So the page's clock sets the pace, and as it asks for a frame only while
+less than two are on their way, a slow link makes the game slow, not late.
 
     {"type": "start", "start": 3, "seed": 7}   begin from a first frame of the world        → frame
     H·W·3 bytes of RGB                         begin from this picture                      → frame
@@ -16,6 +16,7 @@ import ipaddress
 import json
 import struct
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
@@ -32,7 +33,8 @@ try:
 except ImportError:
     raise UserError('--web needs aiohttp; get it with: pip install ".[web]"') from None
 
-OPEN_QUESTIONS = 16  # of one page; ours keeps two to four
+OPEN_QUESTIONS = 16  # of one page; ours has two frames on their way, and perhaps a few restarts
+LONGEST = 100_000  # frames of a game: what it takes to go back is about a kilobyte each
 
 
 class Refused(ValueError):
@@ -48,7 +50,7 @@ def integer(message, name, end):
 
 
 def answer(game, message, is_text):
-    """One message → None between the pieces of its work, where others may be served, then the reply, bytes or a dict."""
+    """One message → None between the pieces of its work, where others may be served, then the reply: bytes, or JSON."""
     if not is_text:
         H, W = game.world.frame_size
         if len(message) != H * W * 3:
@@ -64,11 +66,13 @@ def answer(game, message, is_text):
             start, game.seed = integer(message, "start", len(game.starts)), integer(message, "seed", 2**31)
             game.start(game.starts[start])
         elif kind == "step":
+            if len(game.actions) >= LONGEST:
+                raise Refused(f"this game has {LONGEST:,} frames, which is the limit; save it and begin again")
             game.press(integer(message, "action", game.world.n_actions))
         elif kind == "rewind":
             yield from game.rewinding(integer(message, "to", len(game.actions) + 1))
         elif kind == "save":
-            return (yield {"run": game.record()})
+            return (yield json.dumps({"run": game.record()}))
         else:
             raise Refused("type must be start, step, rewind or save")
     yield struct.pack("<I", len(game.actions)) + np.ascontiguousarray(game.frame).tobytes()
@@ -79,8 +83,7 @@ class Site:
         self.worlds, self.limit, self.games, self.sockets = worlds, limit, 0, set()
         self.files = files(worlds, "socket")  # all that can be asked for: no path from outside is ever opened
         self.thread = ThreadPoolExecutor(1)  # torch uses all cores by itself; whoever waits longest is next
-        anywhere = host in ("0.0.0.0", "::")
-        self.hosts = None if anywhere else {"localhost", "127.0.0.1", "::1", host}
+        self.hosts = None if is_address(host, "is_unspecified") else {"localhost", "127.0.0.1", "::1", host.lower()}
 
     def app(self):
         app = web.Application(middlewares=[self.check_host])
@@ -113,7 +116,7 @@ class Site:
 
     async def socket(self, request):
         """One game, as long as its socket is open."""
-        if urlsplit(request.headers.get("Origin", "")).netloc != request.host:  # browsers let any page open a socket to here
+        if request.headers.get("Origin") not in (f"http://{request.host}", f"https://{request.host}"):  # browsers let any page open a socket to here
             raise web.HTTPForbidden(text="only this server's own page may play")
         number = request.match_info["number"]
         if number not in map(str, range(len(self.worlds))):
@@ -122,8 +125,7 @@ class Site:
         socket = web.WebSocketResponse(heartbeat=20, timeout=2, max_msg_size=3 * world.frame_size[0] * world.frame_size[1] + 1024)
         await socket.prepare(request)
         if self.games >= self.limit:
-            await socket.send_json({"error": f"{self.limit} games are being played, which is the limit; try again later"})
-            await socket.close(code=1013)
+            await self.part(request, socket, 1013, f"{self.limit} games are being played, which is the limit; try again later")
             return socket
         self.games += 1
         self.sockets.add(socket)
@@ -135,8 +137,8 @@ class Site:
                     break
                 questions.put_nowait(message)
         except asyncio.QueueFull:
-            await socket.send_json({"error": f"more than {OPEN_QUESTIONS} messages without waiting for an answer"})
-            await socket.close(code=1008)
+            player.cancel()
+            await self.part(request, socket, 1008, f"more than {OPEN_QUESTIONS} messages without waiting for an answer")
         finally:
             player.cancel()
             await asyncio.gather(player, return_exceptions=True)
@@ -144,7 +146,28 @@ class Site:
             self.games -= 1
         return socket
 
+    async def part(self, request, socket, code, reason):
+        """Say why and close; who does not listen is cut off."""
+
+        async def farewell():
+            await socket.send_json({"error": reason})
+            await socket.close(code=code, message=reason.encode())
+
+        try:
+            await asyncio.wait_for(farewell(), 2)
+        except asyncio.TimeoutError:
+            if request.transport:
+                request.transport.abort()
+
     async def play(self, socket, world, starts, questions):
+        """Answer until cancelled. What goes wrong in the world ends this game, and its page hears of it."""
+        try:
+            await self.answer_all(socket, world, starts, questions)
+        except Exception:
+            traceback.print_exc()
+            await socket.close(code=1011, message=b"the world has failed; its server printed why")
+
+    async def answer_all(self, socket, world, starts, questions):
         def work(function, *values):
             return asyncio.get_running_loop().run_in_executor(self.thread, function, *values)
 
@@ -156,13 +179,14 @@ class Site:
                 while (reply := await work(next, pieces)) is None:
                     pass
             except Refused as reason:
-                reply = {"error": str(reason)}
-            await (socket.send_bytes(reply) if isinstance(reply, bytes) else socket.send_json(reply))
+                reply = json.dumps({"error": str(reason)})
+            await (socket.send_bytes(reply) if isinstance(reply, bytes) else socket.send_str(reply))
 
 
-def is_loopback(host):
+def is_address(host, kind):
+    """Whether host is an IP address with that property, such as is_loopback."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return getattr(ipaddress.ip_address(host), kind)
     except ValueError:
         return False
 
@@ -177,7 +201,7 @@ async def run(site, host, port):
         raise UserError(f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port (0: any free one) or --host") from None
     port = runner.addresses[0][1]
     print(f"play at http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends)", flush=True)
-    if not is_loopback(host):
+    if host != "localhost" and not is_address(host, "is_loopback"):
         print(f"anyone who can reach this machine under {host} can play too, {site.limit} games at a time: there is no password", flush=True)
     try:
         await asyncio.Event().wait()
