@@ -112,7 +112,7 @@ def errors(flow, train, config):
 
 def plot_shifts(report, path):
     figure = Figure(figsize=(12, 2.8), layout="constrained")
-    for axes, (constant, values) in zip(figure.subplots(1, len(SHIFTS), sharey=True), SHIFTS.items()):
+    for axes, (constant, values) in zip(figure.subplots(1, len(SHIFTS), sharey=True, squeeze=False)[0], SHIFTS.items()):
         for name in ("flow", "MLP"):
             axes.plot(values, [report[f"shift/{constant}/{value}/{name}"] for value in values], "o-", markersize=3, label=name)
         axes.set(xlabel=constant if constant == "friction" else f"{constant}, of the usual", yscale="log")
