@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def test_from_sequences_to_a_trained_flow_and_back(tmp_path, monkeypatch):
     report = evaluate.main(["--checkpoint", "flow", "--json", "report.json"])
     assert report["flow/median_error"] < 4 < report["shift/mass/2.0/flow"] and report["least squares/median_error"] > report["flow/median_error"]
     assert report["flow/euler_1_median_error"] < 6  # straight enough for one step
-    assert Path("flow/shifts.png").exists() and json.loads(Path("report.json").read_text())["pendulum/triplets"] == 3000
+    assert Path("flow/shifts.png").exists() and json.loads(Path("report.json").read_text())["flow/triplets"] == 3000
     train.main(["--dataset-config", "two_branch.json", "--out", "two", "--num-epochs", "6", "--learning-rate", "3e-3"])
     monkeypatch.setattr(evaluate.modes, "__defaults__", (200, 20))
     report = evaluate.main(["--checkpoint", "two"])
@@ -174,3 +175,15 @@ def test_from_pixels(world_dir, recording, tmp_path):
     assert report["flow, most frequent of 16/accuracy"] > report["most frequent button/accuracy"]
     assert report["latent action model, no buttons/accuracy"] > 0.6
     assert json.loads((tmp_path / "r.json").read_text())["pixels/most frequent button/nmi"] == 0
+
+
+def test_the_numbers_of_its_readme_are_those_of_the_result_file():
+    folder = CONFIGS.parent
+    text = (folder / "README.md").read_text()
+    report = json.loads((folder.parents[1] / "results" / "flow_inverse_dynamics.json").read_text())
+    assert all(table in text for table in evaluate.tables(report))
+    said = re.search(r"\((\S+) s for 1,000 torques\); one step errs by (\S+) %, after reflow by (\S+) %", text.replace("\n", " ")).groups()
+    names = ("pendulum/flow/seconds_1000", "pendulum/flow/euler_1_median_error", "pendulum_straight/flow/euler_1_median_error")
+    assert [float(n) for n in said] == [pytest.approx(report[name], rel=0.05) for name in names]
+    points = max(report[f"{name}/flow/weight_error_points"] for name in ("two_branch", "pendulum_clipped"))
+    assert f"within {points:.1f} points" in text

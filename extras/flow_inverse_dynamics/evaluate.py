@@ -171,6 +171,22 @@ def plot_modes(shown, two, path):
     figure.savefig(path, dpi=90)
 
 
+def tables(report):
+    """The README's three tables, from the file that evaluate.py and pixels.py write."""
+    number = lambda key: f"{report[key]:.2g}"  # noqa: E731
+    methods = ("flow", "MLP", "nearest neighbour", "least squares")
+    first = ["| | median error, % | 90 % are below, % |", "|---|---|---|"]
+    rows = {"flow, 100 steps": "flow", **{name: name for name in methods[1:]}}
+    first += [f"| {title} | {number(f'pendulum/{name}/median_error')} | {number(f'pendulum/{name}/error_90')} |" for title, name in rows.items()]
+    second = ["| Wasserstein distance to the truth | two branches | clipped pendulum |", "|---|---|---|"]
+    second += [f"| {name} | {number(f'two_branch/{name}/wasserstein')} | {number(f'pendulum_clipped/{name}/wasserstein')} |"
+               for name in ("another draw of the truth", *methods)]  # fmt: skip
+    third = ["| | button right | mutual information with the button |", "|---|---|---|"]
+    names = [key.split("/")[1] for key in report if key.startswith("pixels/") and key.endswith("/accuracy")]
+    third += [f"| {name} | {report[f'pixels/{name}/accuracy']:.2f} | {report[f'pixels/{name}/nmi']:.2f} |" for name in names]
+    return ["\n".join(table) for table in (first, second, third)]
+
+
 def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="folder that train.py wrote to")
@@ -192,7 +208,7 @@ def main(argv=None):
     else:
         report, shown = modes(flow, train, config)
         plot_modes(shown, config.system == "two_branch", folder / "modes.png")
-    name = Path(config.path).stem
+    name = folder.resolve().name
     for key, value in report.items():
         print(f"{name + '/' + key:52} {value:10.4g}")
     print(f"{time.perf_counter() - began:.0f} s; picture in {folder}")
