@@ -182,8 +182,8 @@ def test_the_numbers_of_its_readme_are_those_of_the_result_file():
     text = (folder / "README.md").read_text()
     report = json.loads((folder.parents[1] / "results" / "flow_inverse_dynamics.json").read_text())
     assert all(table in text for table in evaluate.tables(report))
-    said = re.search(r"\((\S+) s for 1,000 torques\); one step errs by (\S+) %, after reflow by (\S+) %", text.replace("\n", " ")).groups()
-    names = ("pendulum/flow/seconds_1000", "pendulum/flow/euler_1_median_error", "pendulum_straight/flow/euler_1_median_error")
+    said = re.search(r"\((\S+) s for 1,000 torques\).* come out at (\S+), after reflow, which straightens the paths, at (\S+)\.", text.replace("\n", " ")).groups()
+    names = ("pendulum/flow/seconds_1000", "two_branch/flow/euler_1_wasserstein", "two_branch_straight/flow/euler_1_wasserstein")
     assert [float(n) for n in said] == [pytest.approx(report[name], rel=0.05) for name in names]
     points = max(report[f"{name}/flow/weight_error_points"] for name in ("two_branch", "pendulum_clipped"))
     assert f"within {points:.1f} points" in text

@@ -142,11 +142,15 @@ def modes(flow, train, config, n=1000, many=50):
 
     truth = draw()
     report, shown = {}, {"truth": truth}
+    many_s, many_next = s.repeat_interleave(many, 0), s_next.repeat_interleave(many, 0)
     for name, method in answers(flow, train).items():
-        many_s, many_next = s.repeat_interleave(many, 0), s_next.repeat_interleave(many, 0)
         found = method(many_s, many_next) if name == "flow" else method(s, s_next).repeat_interleave(many, 0)
         shown[name] = found[:, 0, 0].view(-1, many) / unit[:, None]
         report[f"{name}/wasserstein"] = wasserstein(shown[name], truth)
+    for steps in (1, 2, 4, 10):
+        drawn = flow.sample(many_s, many_next, steps, generator=dice)[:, 0, 0].view(-1, many) / unit[:, None]
+        report[f"flow/euler_{steps}_wasserstein"] = wasserstein(drawn, truth)
+    report["flow/straightness"] = straightness(flow.path(s, s_next, torch.randn(a.shape, generator=dice)))
     report["another draw of the truth/wasserstein"] = wasserstein(draw(), truth)
     bins = (5 * (s[:, 0] + 1)).long().clamp(0, 9) if two else torch.zeros(len(s), dtype=torch.long)
     middle = 0.0 if two else (config.clip + config.max_action) / 2  # left and right of it lies half of a uniform distribution
