@@ -20,7 +20,7 @@ def train(footage, out, frozen, *options):
 
     The rate is a quarter of the usual one: the sums of two processes round differently, and a latent action flips where that decides.
     """
-    same = ["--data-path", footage, "--preset", "tiny", "--n-updates", "20", "--dtype", "float32", "--device", "cpu", "--sample-every", "10",
+    same = ["--data-path", footage, "--preset", "tiny", "--n-updates", "12", "--dtype", "float32", "--device", "cpu", "--sample-every", "10",
             "--learning-rate", "1e-3", *options]  # fmt: skip
     train_tokenizer.main([*same, "--out", f"{out}/tokenizer"])
     train_lam.main([*same, "--out", f"{out}/lam"])
@@ -64,7 +64,7 @@ def test_checkpoints_load_whatever_the_number_of_processes(two_and_one, recordin
         world = WorldModel.load(two / kind)
         world.reset(world.start_frames[0])
         assert world.step(0).shape == (64, 64, 3)
-    train_dynamics.main(["--data-path", recording, "--preset", "tiny", "--n-updates", "20", "--device", "cpu", "--out", f"{two}/fsdp", "--resume"])
+    train_dynamics.main(["--data-path", recording, "--preset", "tiny", "--n-updates", "12", "--device", "cpu", "--out", f"{two}/fsdp", "--resume"])
     ours, theirs = (torch.load(path, weights_only=True)["optimizer"] for path in (two / "fsdp/dynamics.pt", one / "dynamics/dynamics.pt"))
     for a, b in zip(ours, theirs, strict=True):
         for i, values in b["state"].items():

@@ -19,7 +19,7 @@ import ship  # noqa: E402
 
 def test_every_kind_of_row_trains_and_lands_in_the_table(world_dir, recording, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "LAM_ROWS", {"token target": ([], ablate.TokenTarget), "warm-up": ([], ablate.WarmUp)})
-    rows = {"adamw": (["--optimizer", "adamw"], None), "dice": (["--actions", "random"], None), "masked": (["--context", "masked"], None), "true": (["--actions", "true"], None)}
+    rows = {"adamw": (["--optimizer", "adamw"], None), "dice": (["--actions", "random"], None), "true": (["--actions", "true"], None)}
     monkeypatch.setattr(ablate, "DYNAMICS_ROWS", rows)
     out = tmp_path / "ablation.json"
     options = ["--world", world_dir, "--data-path", recording, "--test", recording, "--json", str(out), "--preset", "tiny",
@@ -27,7 +27,7 @@ def test_every_kind_of_row_trains_and_lands_in_the_table(world_dir, recording, t
     ablate.main(options)
     results = json.loads(out.read_text())
     measured = {key.rsplit("/", 1)[0]: value for key, value in results.items() if key.endswith("minutes")}
-    assert set(measured) == {"lam/token target/0", "lam/warm-up/0", "dynamics/adamw/0", "dynamics/dice/0", "dynamics/masked/0", "dynamics/true/0"}
+    assert set(measured) == {"lam/token target/0", "lam/warm-up/0", "dynamics/adamw/0", "dynamics/dice/0", "dynamics/true/0"}
     assert all(np.isfinite(value) for key, value in results.items() if key.startswith(("lam/", "dynamics/")))
     monkeypatch.setattr(ablate, "train_row", None)
     ablate.main(options)  # nothing is trained twice

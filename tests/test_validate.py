@@ -24,7 +24,7 @@ EXPECTED += [f"dynamics/{name}_psnr_t{t}" for name in ("rollout", "copy") for t 
 
 
 def test_every_metric_of_every_stage(world_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(validate, "classify_buttons", partial(validate.classify_buttons, n_updates=150))  # enough for so small a world
+    monkeypatch.setattr(validate, "classify_buttons", partial(validate.classify_buttons, n_updates=80))  # enough for so small a world
     out = tmp_path / "deep" / "report.json"
     options = ["--checkpoint", world_dir, "--use-dummy-data", "--val-fraction", "0.5", "--clips", "64", "--steps", "4"]
     validate.main([*options, "--save-images", str(tmp_path / "images"), "--json", str(out)])
