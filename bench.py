@@ -123,14 +123,13 @@ def bench_training(models, cfg, device, autocast, ceilings):
     return result | {"train/data_wait": max(waits)}
 
 
-def bench_play(models, cfg, device, autocast, age):
-    """Frames per second for 1, 8 and 64 worlds at once; latency, young and old; the shipped world as it is."""
-    result, frames = {}, torch.from_numpy(dummy_world(300)[0])
+def make_world(models, cfg):
+    return WorldModel(*(models[stage].eval() for stage in ("tokenizer", "lam", "dynamics")), steps=cfg.steps, temperature=cfg.temperature)
 
-    def make_world():
-        return WorldModel(*(models[stage].eval() for stage in ("tokenizer", "lam", "dynamics")), steps=cfg.steps, temperature=cfg.temperature)
 
-    world = make_world()
+def bench_play(models, cfg, device, autocast):
+    """Frames per second for 1, 8 and 64 worlds at once; the shipped world as it is."""
+    result, frames, world = {}, torch.from_numpy(dummy_world(300)[0]), make_world(models, cfg)
     for n in (1, 8, 64):
         with autocast_on(device, "float32")() if n == 1 else autocast():  # bfloat16 pays from a few worlds on
             world.reset(torch.stack([frames[i : i + 4] for i in range(n)]))
@@ -139,20 +138,24 @@ def bench_play(models, cfg, device, autocast, age):
         if n == 1:
             result |= {"play/latency_p50_ms": 1e3 * median(times), "play/latency_p99_ms": 1e3 * times[int(0.99 * len(times))]}
     result["play/batch_gain_b64"] = result["play/fps_b64"] / result["play/fps_b1"]
-    old, young = make_world(), make_world()
+    shipped = WorldModel.load(DEFAULT, device)
+    shipped.reset(shipped.start_frames[0])
+    return result | {"play/shipped_fps": 1 / median(seconds(lambda: shipped.step(1), device, repeats=100))}
+
+
+def bench_age(models, cfg, device, age):
+    """Latency of a young and of an old world, in turn, and what growing old does to memory."""
+    old, young = make_world(models, cfg), make_world(models, cfg)
     for world in (old, young):
-        world.reset(frames[:4])
+        world.reset(dummy_world(300)[0][:4])
         for _ in range(10):
             world.step(1)
     memory = memory_now(device)
     for _ in range(age - 64):
         old.step(1)
     pairs = [[seconds(lambda world=world: world.step(1), device, repeats=1, warm_up=0)[0] for world in (young, old)] for _ in range(50)]  # in turn
-    result |= {f"play/latency_frame_{n}_ms": 1e3 * median(sorted(times)) for n, times in zip((20, age), zip(*pairs))}
-    result["play/memory_growth_mb"] = memory_now(device) - memory
-    shipped = WorldModel.load(DEFAULT, device)
-    shipped.reset(shipped.start_frames[0])
-    return result | {"play/shipped_fps": 1 / median(seconds(lambda: shipped.step(1), device, repeats=100))}
+    result = {f"play/latency_frame_{n}_ms": 1e3 * median(sorted(times)) for n, times in zip((20, age), zip(*pairs))}
+    return result | {"play/memory_growth_mb": memory_now(device) - memory}
 
 
 def bench_growth(device):
@@ -273,11 +276,12 @@ def main(argv=None):
     report = {f"ceiling/{name}_gflops": value / 1e9 for name, value in ceilings.items()}
     models = build(settings, device)
     report |= bench_training(models, cfg, device, autocast, ceilings)
-    report |= bench_play(models, cfg, device, autocast, args.age)
-    report |= bench_growth(device) | bench_attention(device)
-    report["memory/peak_mb"] = peak_memory(device)
-    if args.peer:  # before and after: what else the machine does hits both
+    report |= bench_play(models, cfg, device, autocast)
+    if args.peer:  # just before and just after: what else the machine does hits both
         peer.append(bench_peer(args.peer))
+    report |= bench_age(models, cfg, device, args.age) | bench_growth(device) | bench_attention(device)
+    report["memory/peak_mb"] = peak_memory(device)
+    if args.peer:
         for name in peer[0]:
             report[f"peer/{name}"] = sum(run[name] for run in peer) / 2
             report[f"ratio/{name}"] = report[name] / report[f"peer/{name}"]
