@@ -40,7 +40,7 @@ def test_the_ablation_tables_are_those_of_the_result_file():
 def test_the_table_of_speed_is_that_of_the_result_file():
     report = json.loads((ROOT / "results" / "bench.json").read_text())
     assert bench.table(report) in README and report["device"].startswith("2 CPU cores")
-    said = re.search(r"frame 20 took (\S+) ms, frame 10,000 (\S+) ms.*?plays at (\S+) frames.*?data (\S+) %.*?T\^(\S+).*?N\^(\S+) ", README, re.S).groups()
+    said = re.search(r"frame 20 took (\S+) ms, frame 10,000 (\S+) ms.*?plays at (\S+) frames.*?data (\S+) %.*?T\^(\S+).*?N\^(\S+) ", " ".join(README.split())).groups()
     names = ("play/latency_frame_20_ms", "play/latency_frame_10000_ms", "play/shipped_fps", "train/data_wait", "growth/exponent_T", "growth/exponent_N")
     for shown, name in zip(said, names, strict=True):
         assert float(shown) == pytest.approx(report[name] * (100 if name == "train/data_wait" else 1), rel=0.05, abs=0.06)
