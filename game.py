@@ -1,7 +1,6 @@
 """The game behind every player: a world, where it began, what was pressed, and the way back. It knows no window and no page.
 
-The window (play.py), the page's server (web/server.py) and the environment (nanoworld.py) all play this one; the static page
-(web/local.js) does the same in the browser.
+The window (play.py) and the page's server (web/server.py) both play this one; the static page (web/local.js) does the same in the browser.
 """
 import base64
 import binascii
@@ -78,7 +77,7 @@ class Game:
         return torch.tensor([self.actions[i]], device=self.world.device)
 
     def record(self):
-        """What it takes to play the same again, for json.dump; `Recording` reads it."""
+        """What it takes to play the same again, for json.dump; `read_run` reads it."""
         return {
             "what": "nanoworld run", "world": self.world.identity, "shape": list(self.clip.shape),
             "clip": base64.b64encode(self.clip.tobytes()).decode(), "seed": self.seed, "steps": self.world.steps,

@@ -84,9 +84,8 @@ def read_config(path, kind):
             raise UserError(f"{path}: {name} must be of the type {known[name].type.__name__}, not {value!r}")
     try:
         return kind(**values)
-    except TypeError:
-        missing = [name for name in known if name not in values and name == "path"]
-        raise UserError(f"{path} lacks the key {', '.join(missing)!r}") from None
+    except TypeError:  # the only key without a default
+        raise UserError(f"{path} lacks the key 'path'") from None
 
 
 def pendulum_of(shift):

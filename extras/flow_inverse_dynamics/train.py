@@ -5,7 +5,6 @@
 Reads the triplets that create_dataset.py wrote, or those of `--triplets FILE`; writes `flow_inverse_dynamics.pt` with its log and curves to --out. With
 `--reflow-epochs` the paths are straightened afterwards, so that a single step samples as well as a hundred.
 """
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,7 +141,6 @@ def main(argv=None):
 
     # --- finish
     run.finish(done, n_updates, f"python extras/flow_inverse_dynamics/evaluate.py --checkpoint {run.path}")
-    return json.loads(json.dumps(run.lines[-1])) if run.lines else {}
 
 
 if __name__ == "__main__":
