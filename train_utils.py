@@ -174,7 +174,7 @@ def make_optimizer(model, cfg):
     adamw = partial(torch.optim.AdamW, lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     if cfg.optimizer == "adamw":
         return Optimizers(adamw(model.parameters()))
-    matrices = {name: p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2}
+    matrices = {name: p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2}
     others = [p for name, p in model.named_parameters() if name not in matrices]
     # Muon steps along the nearest orthogonal matrix; match_rms_adamw scales it so that AdamW's learning rate fits (arXiv:2502.16982)
     muon = torch.optim.Muon(matrices.values(), lr=cfg.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")

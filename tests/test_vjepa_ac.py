@@ -1,0 +1,547 @@
+import copy
+import io
+import itertools
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import UserError
+from extras.vjepa_ac import doom, evaluate, planning, pretrain, probes, train, vpt
+from extras.vjepa_ac.model import (MASKS, ActionPredictor, Encoder, MaskedPredictor, Transformer, block_masks, health, load_encoder, losses, normalised,
+                                   positions, rotation, sincos)  # fmt: skip
+from extras.vjepa_ac.vpt import Clips, Problems, ProcessVPT, Ticks, batches, find_shards, shuffle
+from models.checkpoint import CheckpointError
+
+FOLDER = Path(vpt.__file__).parent
+
+
+def tick(dx=0, dy=0, yaw=0.0, pitch=0.0, keys=(), buttons=(), new=(), hotbar=0, gui=False, **more):
+    """One line as VPT's recorder writes it."""
+    return json.dumps({"mouse": {"x": 640.0, "y": 360.0, "dx": dx, "dy": dy, "dwheel": 0.0, "buttons": list(buttons), "newButtons": list(new)},
+                       "keyboard": {"keys": [f"key.keyboard.{key}" for key in keys], "newKeys": [], "chars": ""},
+                       "isGuiOpen": gui, "hotbar": hotbar, "yaw": yaw, "pitch": pitch, "tick": 0} | more)  # fmt: skip
+
+
+def numbers(lines):
+    """17 ticks → the two actions of 8 ticks each, in pixels and degrees."""
+    return ProcessVPT(action_dim=38).actions(Ticks("\n".join(lines)), 0, 2)
+
+
+# --- what becomes of the lines
+def test_sums_differences_and_logical_or():
+    lines = [tick(dx=i, dy=-i, yaw=0.15 * i * (i - 1) / 2, pitch=10 - i) for i in range(17)]
+    lines[3], lines[7], lines[8], lines[15] = (
+        tick(dx=i, dy=-i, yaw=0.15 * i * (i - 1) / 2, pitch=10 - i, keys=keys, buttons=buttons)
+        for i, keys, buttons in ((3, ["w", "left.control"], [1]), (7, ["1", "space"], []), (8, ["d"], [0, 2]), (15, ["right.shift", "escape"], []))
+    )
+    first, second = numbers(lines)
+    assert first[0] == sum(range(8)) and second[0] == sum(range(8, 16)) and first[1] == -first[0]
+    assert first[2] == pytest.approx(0.15 * sum(range(8)), abs=1e-4)  # the mouse turns the view
+    assert first[3] == second[3] == -8
+    names = lambda row: {name for name, at in vpt.KEYS.items() if row[at]} | {i for i in range(3) if row[25 + i]}  # noqa: E731
+    assert names(first) == {"key.keyboard." + k for k in ("w", "left.control", "1", "space")} | {1}
+    assert names(second) == {"key.keyboard." + k for k in ("d", "right.shift", "escape")} | {0, 2}
+
+
+def test_yaw_goes_round_and_pitch_does_not():
+    first, second = numbers([tick(yaw=359.5 + 0.25 * i, pitch=-30) for i in range(8)] + [tick(yaw=-3.5, pitch=60)] + [tick(yaw=7.0, pitch=60)] * 8)
+    assert first[2] == pytest.approx(-3) and second[2] == pytest.approx(10.5) and first[3] == 90
+    over = numbers([tick(yaw=179.0)] * 8 + [tick(yaw=-179.0)] * 9)
+    assert over[0][2] == pytest.approx(2)
+    assert Ticks(tick(yaw=725.0)).state[0].tolist() == [5.0, 0.0]
+
+
+def test_hotbar():
+    slots = [2] * 6 + [5] * 3 + [0] * 8  # by the wheel after tick 5; by a key in tick 8
+    lines = [tick(hotbar=slot, gui=i == 8) for i, slot in enumerate(slots)]
+    lines[8] = tick(hotbar=5, keys=["1"], gui=True)
+    first, second = numbers(lines)
+    assert first[4:13].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0]  # "6" put in, where the wheel was turned
+    assert second[4:13].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]  # the real key, once
+    assert first[28:37].argmax() == 2 and second[28:37].argmax() == 5 and first[28:37].sum() == 1  # at the start
+    assert (first[37], second[37]) == (0, 1)
+    ticks = Ticks("\n".join([tick(hotbar=3), tick(hotbar=4)]))
+    assert ticks.inputs[:, 4:13].sum() == 1 and ticks.inputs[0, 4 + 4] == 1  # at the change, and nothing before the first line
+    late = numbers([tick(hotbar=1)] * 8 + [tick(hotbar=7)] * 9)  # it shows in line 8, so its cause lies in line 7
+    assert late[0][4 + 7] == 1 and late[1][4:13].sum() == 0
+
+
+def test_a_button_that_is_stuck_from_the_start():
+    stuck = [tick(buttons=[0], new=[0])] + [tick(buttons=[0, 1])] * 8 + [tick(buttons=[0], new=[0])] + [tick(buttons=[0])] * 7
+    first, second = numbers(stuck)
+    assert first[25:28].tolist() == [0, 1, 0] and second[25] == 1
+    assert numbers([tick(buttons=[0], new=[])] * 17)[0][25] == 1
+
+
+def test_layouts_shapes_and_statistics():
+    rng = np.random.default_rng(0)
+    lines = [tick(dx=int(rng.integers(-9, 9)), yaw=float(i), keys=["w"] * (i % 2)) for i in range(61)]
+    ticks, frames = Ticks("\n".join(lines)), [np.zeros((32, 32, 3), np.uint8)] * 16
+    for D in (13, 36, 38):
+        sample = ProcessVPT(size=32, action_dim=D)(frames, ticks, 0)
+        assert sample["video"].shape == (16, 3, 32, 32) and sample["actions"].shape == (7, D) and sample["states"].shape == (8, 2)
+        assert sample["actions"].dtype == np.float32
+        assert (sample["actions"][:, 13] == 1).all() if D > 13 else True  # w
+    full = ProcessVPT(size=32, action_dim=38)(frames, ticks, 0)["actions"]
+    assert np.array_equal(ProcessVPT(size=32, action_dim=36)(frames, ticks, 0)["actions"], np.delete(full, [24, 37], axis=1))
+    assert np.array_equal(full[:, 2], np.full(7, 8.0, np.float32))
+    scaled = ProcessVPT(size=32, statistics=([1, 0, 8, 0, 5, 0], [2, 1, 4, 1, 10, 1]))(frames, ticks, 0)
+    assert np.allclose(scaled["actions"][:, 0], (full[:, 0] - 1) / 2) and np.allclose(scaled["actions"][:, 2], 0)
+    assert np.allclose(scaled["states"][:, 0], (np.arange(0, 64, 8) - 5) / 10)
+    for wrong, message in ((dict(fps=7), "fps must divide 20"), (dict(action_dim=14), "--action-dim must be one of 13, 36, 38, got 14")):
+        with pytest.raises(UserError, match=message):
+            ProcessVPT(**wrong)
+
+
+# --- shards
+def numbered_ticks(n, first=0):
+    """Pictures that carry their number in twelve large black or white fields, and lines that carry it in dx."""
+    for i in range(first, first + n):
+        bits = np.array([255 * (i >> b & 1) for b in range(12)], np.uint8).reshape(3, 4)
+        yield np.repeat(cv2.resize(bits, (64, 48), interpolation=cv2.INTER_NEAREST)[..., None], 3, axis=2), json.loads(tick(dx=i, yaw=float(i % 360)))
+
+
+def number_of(frame):
+    fields = cv2.resize(frame, (4, 3), interpolation=cv2.INTER_AREA)[..., 0].flatten()
+    return sum(int(x > 127) << b for b, x in enumerate(fields))
+
+
+def write_shard(path, *recordings, extra=()):
+    with tarfile.open(path, "w") as tar:
+        for name, n, first in recordings:
+            doom.write_recording(tar, name, numbered_ticks(n, first))
+        for name, content in extra:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    return [write_shard(folder / f"s-{i}.tar", *((f"r{i}{j}", 130 + 10 * j, 1000 * i + 300 * j) for j in range(3))) for i in range(3)]
+
+
+def test_pictures_and_lines_stay_in_step(shards):
+    process = ProcessVPT(size=32, action_dim=38)
+    clips = list(Clips(shards[:1], process, every=10, buffer=0, epochs=1))
+    assert len(clips) == 7 + 8 + 9
+    for clip in clips:
+        seen = [number_of(frame) for frame in clip["video"].transpose(0, 2, 3, 1)]
+        assert seen == list(range(seen[0], seen[0] + 61, 4))
+        assert clip["actions"][:, 0].tolist() == [sum(range(seen[0] + 8 * k, seen[0] + 8 * k + 8)) for k in range(7)]
+        assert np.allclose(clip["states"][:, 0], vpt.wrap(np.array(seen[::2]) % 360.0))
+
+
+def firsts(stream):
+    return [(name, number_of(frame)) for batch in stream for name, frame in zip(batch["name"], batch["video"][:, 0].permute(0, 2, 3, 1).numpy())]
+
+
+def test_each_clip_comes_once_however_many_read_it(shards, monkeypatch):
+    clips = lambda **more: Clips(shards, ProcessVPT(size=32), epochs=1, every=20, **more)  # noqa: E731
+    alone = sorted(firsts(batches(clips(buffer=0), 4, 0, drop_last=False)))
+    assert len(alone) == len(set(alone)) == 3 * (4 + 4 + 5)
+    assert sorted(firsts(batches(clips(buffer=0), 4, 3, drop_last=False))) == alone
+    mixed = firsts(batches(clips(buffer=5, seed=1), 4, 2, drop_last=False))
+    assert len(mixed) == len(set(mixed)) and [name for name, _ in mixed] != sorted(name for name, _ in mixed)
+    parts = []
+    for r in range(3):  # three processes
+        monkeypatch.setattr(vpt, "rank", lambda r=r: r)
+        monkeypatch.setattr(vpt, "n_ranks", lambda: 3)
+        parts += firsts(batches(clips(buffer=0), 4, 0, drop_last=False))
+    assert sorted(parts) == alone
+    with pytest.raises(UserError, match="3 shards for 6 readers; use fewer --workers"):
+        list(batches(clips(), 4, 2))
+
+
+def test_a_resumed_stream_goes_on_with_the_next_clip(shards):
+    stream = lambda passed: itertools.islice(Clips(shards, ProcessVPT(size=32), every=20, buffer=7, seed=3, passed=passed), 90)  # noqa: E731
+    whole = [(clip["name"], number_of(clip["video"][0].transpose(1, 2, 0)), clip["position"]) for clip in stream({})]
+    assert len(set(whole[:50])) > 30 and whole[-1][2] == 90  # more than one epoch
+    for cut in (1, 11, 47):
+        rest = [(clip["name"], number_of(clip["video"][0].transpose(1, 2, 0)), clip["position"]) for clip in stream({"0": cut})]
+        assert rest[: 90 - cut] == whole[cut:]
+    mixed = list(shuffle(range(100), 10, np.random.default_rng(0)))
+    assert sorted(mixed) == list(range(100)) and mixed != sorted(mixed)
+
+
+def test_what_is_broken_is_counted_named_and_left_out(tmp_path, capsys):
+    good = write_shard(tmp_path / "good.tar", ("a.b", 70, 0), extra=[("a.b-options.json", b"{}"), ("note.txt", b"")])
+    process = ProcessVPT(size=32)
+
+    def read(path, limit=100):
+        clips = list(Clips([str(path)], process, every=4, buffer=0, epochs=1, max_problems=limit))
+        return [clip["name"] for clip in clips], capsys.readouterr().err
+
+    names, said = read(good)
+    assert names == ["a.b"] * 3 and said == ""
+    with tarfile.open(good) as tar:
+        mp4, lines = (tar.extractfile(f"a.b.{kind}").read() for kind in ("mp4", "jsonl"))
+    lines = lines.decode().splitlines()
+
+    def shard(*members):
+        with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+            for name, content in [*members, ("z.mp4", mp4), ("z.jsonl", "\n".join(lines).encode())]:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return tmp_path / "bad.tar"
+
+    with_line = lambda i, text: "\n".join([*lines[:i], text, *lines[i + 1 :]]).encode()  # noqa: E731
+    for jsonl, n, message in [
+        ("\n".join(lines[:60]).encode(), 0, "skipped x: 71 frames, but 60 lines"),
+        (with_line(62, "{"), 1, "skipped line 63 of x.jsonl: a line that is no line of VPT"),  # only clips that need it are lost
+        (with_line(62, tick(yaw=float("nan"))), 1, "line 63 of x.jsonl"),
+        (with_line(62, tick(hotbar=9)), 1, "line 63 of x.jsonl"),
+        (with_line(62, tick(hotbar=[1])), 1, "line 63 of x.jsonl"),
+        (with_line(62, "null"), 1, "line 63 of x.jsonl"),
+        (with_line(62, tick(keys=["f13", "w"])), 3, "skipped key.keyboard.f13 in x.jsonl: an unknown key"),
+        (with_line(62, tick(mouse=None, keyboard=None)), 3, ""),
+    ]:
+        names, said = read(shard(("x.mp4", mp4), ("x.jsonl", jsonl)))
+        assert names == ["x"] * n + ["z"] * 3 and message in said and said.count("\n") == bool(message), (message, said)
+    for members, message in [
+        ([("x.mp4", mp4[:2000]), ("x.jsonl", b"")], "skipped x: "),
+        ([("x.mp4", b""), ("x.jsonl", b"{}")], "skipped x: its video cannot be read"),
+        ([("x.mp4", mp4)], "it has no jsonl beside it"),
+        ([("x.jsonl", b"{}")], "it has no mp4 beside it"),
+    ]:
+        names, said = read(shard(*members))
+        assert names == ["z"] * 3 and message in said, (message, said)
+    whole = shard(("x.mp4", mp4), ("x.jsonl", "\n".join(lines).encode()))
+    with tarfile.open(whole) as tar:
+        (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[: tar.getmember("z.jsonl").offset_data + 10])
+    names, said = read(tmp_path / "cut.tar")
+    assert names == ["x"] * 3 and f"skipped the rest of {tmp_path / 'cut.tar'}: the tar ends early or is damaged" in said
+
+    (tmp_path / "none.tar").write_bytes(b"no tar")
+    many = shard(*((f"x{i}.mp4", mp4) for i in range(5)))
+    for call, message in [
+        (lambda: read(many, limit=3), "more than 3 problems in the recordings"),
+        (lambda: list(batches(Clips([str(many)], process, max_problems=3), 2, 1)), "^more than 3 problems in the recordings.*--max-problems$"),
+        (lambda: read(tmp_path / "none.tar"), "not one clip of 61 ticks"),
+        (lambda: find_shards([]), "the list of shards is empty"),
+        (lambda: find_shards([str(tmp_path / "*.tgz")]), "no shard is called .*tgz"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert len(find_shards([str(tmp_path / "*.tar"), good])) == 4
+
+
+class FakeGame:
+    """Turns by what the mouse says and counts its pictures."""
+
+    def __init__(self):
+        self.i, self.yaw, self.slot = 0, 170.0, 0
+
+    def observe(self):
+        return next(numbered_ticks(1, self.i))[0], {"yaw": self.yaw, "pitch": 0.0, "position": (float(self.i), 0.0, 0.0), "hotbar": self.slot}
+
+    def step(self, inputs):
+        self.i += 1
+        self.yaw += 0.15 * inputs["dx"]
+        self.slot = next((int(key) - 1 for key in inputs["keys"] if key in "1234567"), self.slot)
+
+
+def test_the_recorder_writes_what_the_reader_reads(tmp_path):
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        player = doom.Player(np.random.default_rng(0))
+        assert doom.write_recording(tar, "d", doom.play(FakeGame(), player, 400)) == 400
+    with tarfile.open(tmp_path / "d.tar") as tar:
+        lines = [json.loads(line) for line in tar.extractfile("d.jsonl")]
+    public = {"mouse", "keyboard", "isGuiOpen", "isGuiInventory", "hotbar", "yaw", "pitch", "xpos", "ypos", "zpos", "tick", "milli", "inventory",
+              "serverTick", "serverTickDurationMs", "stats"}  # fmt: skip
+    assert set(lines[0]) == public and set(lines[0]["mouse"]) == {"x", "y", "dx", "dy", "scaledX", "scaledY", "dwheel", "buttons", "newButtons"}
+    turned = np.diff([line["yaw"] for line in lines])
+    assert np.allclose(turned, [0.15 * line["mouse"]["dx"] for line in lines[:-1]], atol=1e-4) and np.abs(turned).max() > 2
+    process = ProcessVPT(size=32, action_dim=38)
+    for clip in Clips([str(tmp_path / "d.tar")], process, every=50, buffer=0, epochs=1):
+        first = number_of(clip["video"][0].transpose(1, 2, 0))
+        assert np.allclose(clip["actions"][:, 2], 0.15 * clip["actions"][:, 0], atol=1e-3)
+        held = [any("key.keyboard.w" in line["keyboard"]["keys"] for line in lines[k : k + 8]) for k in range(first, first + 56, 8)]
+        assert clip["actions"][:, 13].tolist() == held
+    digits = [key[-1] for line in lines for key in line["keyboard"]["keys"] if key[-1].isdigit()]
+    assert digits and [line["hotbar"] for line in lines][-1] == int(digits[-1]) - 1
+
+
+def test_doom_turns_looks_and_walks_as_told():
+    pytest.importorskip("vizdoom")
+    game = doom.Doom("my_way_home", 0)
+    game.begin(7)
+    picture, start = game.observe()
+    assert picture.shape == (360, 640, 3)
+    for _ in range(40):
+        game.step({"dx": 10, "dy": 4})
+    _, turned = game.observe()
+    assert turned["yaw"] - start["yaw"] == pytest.approx(60, abs=0.5) and turned["pitch"] == pytest.approx(24, abs=0.5)  # right and down
+    game.step({"keys": ["3"]})
+    assert game.observe()[1]["hotbar"] == 2
+    game.begin(7)
+    again, _ = game.observe()
+    assert np.array_equal(again, picture)  # the same beginning
+    for _ in range(10):
+        game.step({"keys": ["w"]})
+    assert np.abs(np.subtract(game.observe()[1]["position"], start["position"])).max() > 20
+    game.close()
+
+
+# --- model
+def small_encoder():
+    torch.manual_seed(0)
+    encoder = Encoder(32, 48, 2, 2)
+    for p in encoder.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return encoder
+
+
+def small_predictor(action_dim=13):
+    torch.manual_seed(0)
+    predictor = ActionPredictor(2, 48, action_dim, 48, 2, 2)
+    for p in predictor.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return predictor
+
+
+def test_sizes_are_the_public_ones():
+    with torch.device("meta"):
+        encoder = Encoder()
+        assert len(list(encoder.parameters())) == 292 and round(sum(p.numel() for p in encoder.parameters()) / 1e5) == 3039  # ViT-L/16, 303.9 M
+        predictor = ActionPredictor(16)
+    assert len(predictor.blocks) == 24 and predictor.blocks[0].attn.qkv.in_features == 1024 and predictor.blocks[0].attn.heads == 16
+    args = ["--data", "x", "--out", "y"]
+    cfg = pretrain.parse(pretrain.parser_of(""), "train", args)
+    assert (cfg.num_frames, cfg.fps, cfg.batch_size, cfg.learning_rate, cfg.size) == (16, 5, 8, 4.25e-4, "vit-l")
+    small = pretrain.parse(pretrain.parser_of(""), "train", [*args, "--size", "nano", "--batch-size", "3"])
+    assert (small.batch_size, small.optimizer, cfg.optimizer) == (3, "muon", "adamw")
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_public_checkpoints_load(rope, tmp_path):
+    """The public layout with random weights, and their convolution and rotation written out another way."""
+    torch.manual_seed(0)
+    D, shapes = 64, {"norm": (64,), "patch_embed.proj": (64, 3, 2, 16, 16)}
+    for i in range(3):
+        shapes |= {f"blocks.{i}.norm1": (D,), f"blocks.{i}.norm2": (D,), f"blocks.{i}.attn.qkv": (3 * D, D), f"blocks.{i}.attn.proj": (D, D),
+                   f"blocks.{i}.mlp.fc1": (4 * D, D), f"blocks.{i}.mlp.fc2": (D, 4 * D)}  # fmt: skip
+    weights = {f"{name}.weight": torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+    weights |= {f"{name}.bias": torch.randn(shape[0]) * 0.1 for name, shape in shapes.items()}
+    table = {} if rope else {"pos_embed": torch.zeros(1, 2048, D)}
+    public = {f"module.backbone.{name}": weight for name, weight in (weights | table).items()}
+    torch.save({"encoder": {name: weight + 1 for name, weight in public.items()}, "target_encoder": public, "epoch": 3, "opt": {}}, tmp_path / "v.pt")
+    encoder = load_encoder(tmp_path / "v.pt")
+    assert encoder.kind == ("rotary-public" if rope else "sinusoid") and encoder.blocks[0].attn.heads == 1
+    assert all(torch.equal(weight, weights[name]) for name, weight in encoder.state_dict().items())
+    video = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)
+    x = ((video / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)).transpose(1, 2)
+    x = F.conv3d(x, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], (2, 16, 16)).flatten(2).transpose(1, 2)
+    if not rope:
+        x = x + sincos(positions(2, 2, 2), D)
+    assert torch.allclose(encoder(video), encoder.run(x, positions(2, 2, 2)), atol=1e-4)
+    torch.save({"encoder": {"x": torch.zeros(1)}}, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match="bad.pt is no public V-JEPA checkpoint"):
+        load_encoder(tmp_path / "bad.pt")
+
+
+def test_positions():
+    """Rotary angles as the public code has them: per axis 20 of 64 channels, frequencies repeated, four channels left alone."""
+    angles = rotation(torch.tensor([[3, 5, 7]]), 64, public=True)[0]
+    for axis, place in enumerate((3, 5, 7)):
+        part = [place / 10000 ** (k / 10) for k in range(10)]
+        assert torch.allclose(angles[20 * axis : 20 * axis + 20], torch.tensor(part + part))
+    assert (angles[60:] == 0).all()
+    assert rotation(torch.tensor([[3, 5, 7]]), 64)[0, 20:24].tolist() == pytest.approx([5, 5, 5 / 10000**0.1, 5 / 10000**0.1])
+    assert positions(2, 3, 4)[17].tolist() == [1, 1, 1]
+    table = sincos(positions(8, 2, 2), 48)
+    assert table.shape == (32, 48) and len({tuple(row.tolist()) for row in table}) == 32
+    encoder = small_encoder()
+    video = torch.randint(0, 256, (1, 4, 3, 32, 32), dtype=torch.uint8)
+    moved = encoder.run(torch.randn(1, 4, 48, generator=torch.Generator().manual_seed(1)), positions(1, 2, 2))
+    later = encoder.run(torch.randn(1, 4, 48, generator=torch.Generator().manual_seed(1)), positions(1, 2, 2) + torch.tensor([2, 0, 0]))
+    other = encoder.run(torch.randn(1, 4, 48, generator=torch.Generator().manual_seed(1)), positions(1, 2, 2).flip(1))
+    assert torch.allclose(moved, later, atol=1e-5) and not torch.allclose(moved, other, atol=1e-3)  # rotary: only distances count
+    shown = torch.tensor([[1, 4, 6]])
+    assert encoder(video, shown).shape == (1, 3, 48)
+    everything = torch.arange(8)[None]
+    assert torch.allclose(encoder(video, everything), encoder(video), atol=1e-5)
+
+
+def test_no_feature_has_seen_a_later_frame():
+    """By gradient, from pixels to what the predictor gets; and the clip encoded at once, as the seed does it, would leak."""
+    encoder = small_encoder()
+    pixels = torch.rand(1, 6, 3, 32, 32) * 255
+    pixels.requires_grad_()
+    features = encoder.each_tubelet(pixels)  # (1, 3, 4, 48)
+    for t in range(3):
+        (grad,) = torch.autograd.grad(features[:, t].square().sum() + features[:, t].sum(), pixels, retain_graph=True)
+        seen = grad.abs().sum(dim=(0, 2, 3, 4)) > 0
+        assert seen.tolist() == [i // 2 == t for i in range(6)]
+    at_once = normalised(encoder(pixels)).view(1, 3, 4, 48)
+    (grad,) = torch.autograd.grad(at_once[:, 0, 0, 0], pixels)
+    assert grad[:, 4:].abs().sum() > 0
+
+
+def test_the_predictor_sees_no_future_frame_action_or_state():
+    predictor = small_predictor()
+    features, actions, states = torch.randn(1, 4, 4, 48), torch.randn(1, 4, 13), torch.randn(1, 4, 2)
+    for x in (features, actions, states):
+        x.requires_grad_()
+    out = predictor(features, actions, states)
+    assert out.shape == features.shape
+    for t in range(4):
+        grads = torch.autograd.grad(out[:, t, 1, :7].sum(), (features, actions, states), retain_graph=True)
+        for grad in grads:
+            influence = grad.flatten(2).abs().sum(dim=(0, 2))
+            assert (influence[: t + 1] > 0).all() and (influence[t + 1 :] == 0).all()
+    places = torch.autograd.grad(out[:, 0, 0, 3], features)[0][0, 0].abs().sum(-1)
+    assert (places > 0).all()  # within a tubelet everything sees everything
+
+
+@torch.no_grad()
+def test_rollout_and_losses_against_a_hand_unrolled_one():
+    predictor = small_predictor()
+    h, a, s = normalised(torch.randn(2, 5, 4, 48)), torch.randn(2, 4, 13), torch.randn(2, 5, 2)
+    z1 = predictor(h[:, :1], a[:, :1], s[:, :1])[:, -1]
+    z2 = predictor(torch.stack([h[:, 0], z1], 1), a[:, :2], s[:, :2])[:, -1]
+    z3 = predictor(torch.stack([h[:, 0], z1, z2], 1), a[:, :3], s[:, :3])[:, -1]
+    by_hand = torch.stack([z1, z2, z3], 1)
+    assert torch.allclose(predictor.rollout(h[:, :1], a, s, 3), by_hand, atol=1e-5)
+    assert torch.allclose(z1, F.layer_norm(z1, (48,)), atol=1e-3)
+    forced, rolled = losses(predictor, h, a, s, auto_steps=3)
+    assert rolled == pytest.approx(float((by_hand - h[:, 1:4]).abs().mean()), rel=1e-4)
+    one_by_one = [predictor(h[:, :t], a[:, :t], s[:, :t])[:, -1] for t in range(1, 5)]
+    assert forced == pytest.approx(float((torch.stack(one_by_one, 1) - h[:, 1:]).abs().mean()), rel=1e-4)
+    assert losses(predictor, h, a, s, auto_steps=1)[1] == pytest.approx(float((z1 - h[:, 1]).abs().mean()), rel=1e-4)
+    squared = losses(predictor, h, a, s, auto_steps=1, exponent=2)[1]
+    assert squared == pytest.approx(float(((z1 - h[:, 1]) ** 2).mean()) / 2, rel=1e-4)
+    grown = predictor.rollout(h[:, :2], a, s, 2)
+    assert torch.allclose(grown[:, 0], predictor(h[:, :2], a[:, :2], s[:, :2])[:, -1], atol=1e-5)
+
+
+def test_masks_and_pretraining():
+    torch.manual_seed(0)
+    for n_blocks, area in MASKS:
+        shown, hidden = block_masks(6, 3, 8, n_blocks, area)
+        for a, b in zip(shown, hidden):
+            both = torch.cat([a, b])
+            assert len(both.unique()) == len(both) <= 192
+            for part in (a, b):
+                places = [set((part[part // 64 == t] % 64).tolist()) for t in range(3)]
+                assert places[0] == places[1] == places[2]  # blocks go through the whole clip
+        assert len({tuple(row.tolist()) for row in hidden}) > 1  # other places in each clip
+        assert 0 < shown.shape[1] < 0.6 * 192
+    model = pretrain.Pretraining(32, 2, (48, 2, 2), (48, 1, 2))
+    video = torch.randint(0, 256, (4, 4, 3, 32, 32), dtype=torch.uint8)
+    loss, targets = model(video)
+    loss.backward()
+    assert all(p.grad is None for p in model.target.parameters()) and all(p.grad is not None for p in model.encoder.parameters())
+    before, after = copy.deepcopy(model.target), copy.deepcopy(model.encoder)
+    for p in after.parameters():
+        p.data += 1
+    model.encoder = after
+    model.follow(0.75)
+    for old, new, own in zip(before.parameters(), model.target.parameters(), after.parameters()):
+        assert torch.allclose(new, 0.75 * old + 0.25 * own, atol=1e-6)
+    predictor, encoder = MaskedPredictor(2, 2, 48, 48, 1, 2), small_encoder()
+    shown, hidden = torch.tensor([[0, 4]]), torch.tensor([[1, 2, 5]])
+    changed = video[:1].clone()
+    changed[:, :2, :, :16, 16:] = 0  # token 1, which is hidden
+    x = [predictor(encoder(v, shown), shown, hidden, 0) for v in (video[:1], changed)]
+    assert torch.equal(*x)
+
+
+def test_collapse_shows():
+    torch.manual_seed(0)
+    std, rank = health(torch.randn(64, 20, 16))
+    assert std == pytest.approx(1, abs=0.1) and 15 < rank <= 16
+    place = torch.randn(20, 16).expand(64, 20, 16)  # says where, never what
+    assert health(place + 1e-4 * torch.randn(64, 20, 16))[0] < 1e-3
+    assert health(torch.randn(64, 20, 1) * torch.randn(16))[1] == pytest.approx(1, abs=0.01)
+
+
+# --- the whole road
+def test_planning_finds_the_action():
+    """In a world whose feature is the sum of the turns, the plan is the turn that is missing."""
+
+    class Sum:
+        def rollout(self, features, actions, states, steps):
+            return (features[:, :1] + actions[:, :, 2].cumsum(1)[:, -steps:, None, None]).expand(-1, -1, 4, 48)
+
+    process = ProcessVPT()
+    past = np.zeros((1, 38), np.float32)
+    mouse, keys = planning.plan(Sum(), process, torch.zeros(1, 1, 4, 48), np.zeros(2), past, torch.full((4, 48), 40.0), 3, ["w"], n=64, iterations=8)
+    assert 0.15 * 8 * mouse[:, 0].sum() == pytest.approx(40, abs=2) and mouse.shape == (3, 2) and keys.shape == (3, 1)
+    actions = planning.actions_of(np.array([[10.0, 0.0]]), np.array([[True]]), ["w"], process)
+    ticks = Ticks("\n".join([tick(dx=10, yaw=1.5 * i, keys=["w"]) for i in range(9)]))
+    assert np.allclose(actions, process.actions(ticks, 0, 1), atol=1e-4)  # the same as of a recording
+
+
+def test_imagined_states_follow_the_actions():
+    class Spy:
+        def rollout(self, features, actions, states, steps):
+            self.seen = actions, states, steps
+            return features
+
+    spy, process = Spy(), ProcessVPT(action_dim=38, statistics=([0] * 6, [1, 1, 1, 1, 10, 10]))
+    actions = np.zeros((1, 3, 38), np.float32)
+    actions[..., 2] = 100
+    planning.imagine(spy, process, torch.zeros(1, 2, 4, 48), np.array([0.0, 0.0]), actions)
+    assert spy.seen[2] == 2 and torch.allclose(spy.seen[1][0, :, 0], torch.tensor([0, 10, -16, -6.0]))
+
+
+def test_from_recordings_to_a_report(tmp_path, monkeypatch):
+    pytest.importorskip("vizdoom")
+    monkeypatch.setitem(pretrain.SIZES, "nano", pretrain.SIZES["nano"] | dict(size=64, encoder=(48, 1, 2), masked=(48, 1, 2), predictor=(48, 1, 2)))
+    for name, seed in (("train", 0), ("test", 1)):
+        for i in range(2):
+            doom.record_shard(str(tmp_path / name), seed, 200, 100, i)
+    data, out = str(tmp_path / "train-*.tar"), str(tmp_path / "out")
+    options = ["--data", data, "--size", "nano", "--out", out, "--batch-size", "4", "--buffer", "6", "--every", "8", "--learning-rate", "3e-3"]
+    pretrain.main([*options, "--n-updates", "4", "--num-frames", "4"])
+    lines = [json.loads(line) for line in Path(out, "pretrain", "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4 and lines[-1]["effective_rank"] > 1
+    again = [*options, "--encoder", f"{out}/pretrain.pt", "--action-dim", "38", "--workers", "2"]
+    train.main([*again, "--n-updates", "30"])
+    lines = [json.loads(line) for line in Path(out, "action_predictor", "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["forced"] < lines[-1]["copy"] * 1.5
+    saved = torch.load(f"{out}/action_predictor.pt")
+    assert saved["passed"].keys() == {"0", "1"} and len(saved["process"]["statistics"][0]) == 6
+    target = pretrain.Pretraining(**torch.load(f"{out}/pretrain.pt")["model_args"])
+    target.load_state_dict(torch.load(f"{out}/pretrain.pt")["model"])
+    encoder, predictor, process = train.load_model(f"{out}/action_predictor.pt")
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), target.target.parameters()))  # frozen
+    train.main([*again, "--n-updates", "30", "--resume"])  # nothing left to do
+
+    monkeypatch.setattr(probes, "fit", lambda *args, fit=probes.fit, **more: fit(*args, **more | {"n_updates": 20}))
+    monkeypatch.setattr(probes.ground_covered, "__defaults__", (3, 6))
+    report = evaluate.main(["--checkpoint", f"{out}/action_predictor.pt", "--data", data, "--test", str(tmp_path / "test-*.tar"), "--trials", "1",
+                            "--json", str(tmp_path / "r.json")])  # fmt: skip
+    assert evaluate.tables(json.loads((tmp_path / "r.json").read_text()))[0].count("|") > 20 and (tmp_path / "r.png").exists()
+    test = evaluate.collect(find_shards([str(tmp_path / "test-*.tar")]), process, {"V-JEPA features": encoder.each_tubelet})
+    h = test["V-JEPA features"].float()
+    assert report["prediction/copy/step_2"] == pytest.approx(float((h[:, 5] - h[:, 3]).abs().mean()), rel=0.02)
+    assert report["planning/plan/success"] in (0.0, 1.0) and report["reader/frames_per_second/every frame"] > 0
+
+    for argv, message in [
+        (["--data", "none.tar"], "no shard is called none.tar"),
+        (["--num-frames", "15"], "--num-frames must be even, got 15"),
+        (["--batch-size", "0"], "--batch-size must be positive, got 0"),
+        (["--ema", "1"], "--ema must lie in 0 … 1, got 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            pretrain.main([*options, *argv])
+    for argv, message in [
+        ([], "give one of --encoder"),
+        (["--encoder", "x.pt", "--auto-steps", "8"], "--auto-steps must lie in 1 … 7, with 16 frames; got 8"),
+        (["--encoder", "x.pt", "--action-dim", "14"], "no checkpoint at x.pt|--action-dim must be one of"),
+    ]:
+        with pytest.raises((UserError, CheckpointError), match=message):
+            train.main([*options, *argv])
