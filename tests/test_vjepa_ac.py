@@ -203,7 +203,7 @@ def test_what_is_broken_is_counted_named_and_left_out(tmp_path, capsys):
         (with_line(62, tick(hotbar=9)), 1, "line 63 of x.jsonl"),
         (with_line(62, tick(hotbar=[1])), 1, "line 63 of x.jsonl"),
         (with_line(62, "null"), 1, "line 63 of x.jsonl"),
-        (with_line(62, tick(keys=["f13", "w"])), 3, "skipped key.keyboard.f13 in x.jsonl: an unknown key"),
+        (with_line(62, tick(keys=["f13", "w"])), 3, "skipped key.keyboard.f13: an unknown key"),
         (with_line(62, tick(mouse=None, keyboard=None)), 3, ""),
     ]:
         names, said = read(shard(("x.mp4", mp4), ("x.jsonl", jsonl)))
@@ -223,6 +223,13 @@ def test_what_is_broken_is_counted_named_and_left_out(tmp_path, capsys):
     assert names == ["x"] * 3 and f"skipped the rest of {tmp_path / 'cut.tar'}: the tar ends early or is damaged" in said
 
     (tmp_path / "none.tar").write_bytes(b"no tar")
+    whole = shard(("x.mp4", mp4), ("x.jsonl", "\n".join(lines).encode())).read_bytes()
+    with tarfile.open(tmp_path / "bad.tar") as tar:
+        at = tar.getmember("z.mp4").offset
+    for damaged in (whole[:at], whole[: at + 100], whole[: at + 150] + b"#" + whole[at + 151 :]):  # between members, in a header, a wrong header
+        (tmp_path / "cut.tar").write_bytes(damaged)
+        names, said = read(tmp_path / "cut.tar")
+        assert names == ["x"] * 3 and "the tar ends early or is damaged" in said, said
     many = shard(*((f"x{i}.mp4", mp4) for i in range(5)))
     for call, message in [
         (lambda: read(many, limit=3), "more than 3 problems in the recordings"),
@@ -235,6 +242,26 @@ def test_what_is_broken_is_counted_named_and_left_out(tmp_path, capsys):
             call()
         assert "\n" not in str(error.value)
     assert len(find_shards([str(tmp_path / "*.tar"), good])) == 4
+    again = Problems(2)
+    for _ in range(9):  # each epoch says the same
+        again.add("a line", "line 3 of x")
+    assert again.counts.total() == 1
+
+
+def test_a_picture_that_the_decoder_leaves_out_ends_the_video(tmp_path):
+    class Capture:
+        times = iter([0, 50, 100, 200, 250])  # the fourth frame is missing
+
+        def grab(self):
+            self.now = next(self.times)
+            return True
+
+        def get(self, what):
+            return self.now
+
+    video = vpt.Video(tmp_path / "none.mp4", 32)
+    video.capture = Capture()
+    assert [video.next() for _ in range(4)] == [True, True, True, False] and video.at == 2
 
 
 class FakeGame:
@@ -274,7 +301,7 @@ def test_the_recorder_writes_what_the_reader_reads(tmp_path):
 
 
 def test_doom_turns_looks_and_walks_as_told():
-    pytest.importorskip("vizdoom")
+    vizdoom = pytest.importorskip("vizdoom")
     game = doom.Doom("my_way_home", 0)
     game.begin(7)
     picture, start = game.observe()
@@ -285,6 +312,9 @@ def test_doom_turns_looks_and_walks_as_told():
     assert turned["yaw"] - start["yaw"] == pytest.approx(60, abs=0.5) and turned["pitch"] == pytest.approx(24, abs=0.5)  # right and down
     game.step({"keys": ["3"]})
     assert game.observe()[1]["hotbar"] == 2
+    for _ in range(30):
+        game.step({})
+    assert game.game.get_game_variable(vizdoom.GameVariable.SELECTED_WEAPON) == 3
     game.begin(7)
     again, _ = game.observe()
     assert np.array_equal(again, picture)  # the same beginning
@@ -334,10 +364,9 @@ def test_public_checkpoints_load(rope, tmp_path):
                    f"blocks.{i}.mlp.fc1": (4 * D, D), f"blocks.{i}.mlp.fc2": (D, 4 * D)}  # fmt: skip
     weights = {f"{name}.weight": torch.randn(shape) * 0.1 for name, shape in shapes.items()}
     weights |= {f"{name}.bias": torch.randn(shape[0]) * 0.1 for name, shape in shapes.items()}
-    table = {} if rope else {"pos_embed": torch.zeros(1, 2048, D)}
-    public = {f"module.backbone.{name}": weight for name, weight in (weights | table).items()}
+    public = {f"module.backbone.{name}": weight for name, weight in (weights | {"pos_embed": torch.zeros(1, 2048, D)}).items()}
     torch.save({"encoder": {name: weight + 1 for name, weight in public.items()}, "target_encoder": public, "epoch": 3, "opt": {}}, tmp_path / "v.pt")
-    encoder = load_encoder(tmp_path / "v.pt")
+    encoder = load_encoder(tmp_path / "v.pt", *[] if rope else ["sinusoid"])
     assert encoder.kind == ("rotary-public" if rope else "sinusoid") and encoder.blocks[0].attn.heads == 1
     assert all(torch.equal(weight, weights[name]) for name, weight in encoder.state_dict().items())
     video = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)
@@ -345,7 +374,23 @@ def test_public_checkpoints_load(rope, tmp_path):
     x = F.conv3d(x, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], (2, 16, 16)).flatten(2).transpose(1, 2)
     if not rope:
         x = x + sincos(positions(2, 2, 2), D)
-    assert torch.allclose(encoder(video), encoder.run(x, positions(2, 2, 2)), atol=1e-4)
+    norm = lambda x, name: F.layer_norm(x, (D,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)  # noqa: E731
+    linear = lambda x, name: F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])  # noqa: E731
+
+    def turned(y):  # channel 2i and 2i + 1 of each axis' 20, with angles as the public code lines them up
+        z = y.clone()
+        for axis, c in itertools.product(range(3), range(20)):
+            angle = positions(2, 2, 2)[:, axis] / 10000 ** (c % 10 / 10)
+            partner = -y[..., 20 * axis + c + 1] if c % 2 == 0 else y[..., 20 * axis + c - 1]
+            z[..., 20 * axis + c] = y[..., 20 * axis + c] * angle.cos() + partner * angle.sin()
+        return z
+
+    for i in range(3):
+        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").split(D, dim=-1)
+        q, k = (turned(q), turned(k)) if rope else (q, k)
+        x = x + linear((q @ k.transpose(1, 2) / 8).softmax(-1) @ v, f"blocks.{i}.attn.proj")
+        x = x + linear(F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")), f"blocks.{i}.mlp.fc2")
+    assert torch.allclose(encoder(video), norm(x, "norm"), atol=1e-3)
     torch.save({"encoder": {"x": torch.zeros(1)}}, tmp_path / "bad.pt")
     with pytest.raises(CheckpointError, match="bad.pt is no public V-JEPA checkpoint"):
         load_encoder(tmp_path / "bad.pt")
@@ -464,6 +509,7 @@ def test_collapse_shows():
     assert std == pytest.approx(1, abs=0.1) and 15 < rank <= 16
     place = torch.randn(20, 16).expand(64, 20, 16)  # says where, never what
     assert health(place + 1e-4 * torch.randn(64, 20, 16))[0] < 1e-3
+    assert health(place) == (pytest.approx(0, abs=1e-5), pytest.approx(1, abs=1e-3))
     assert health(torch.randn(64, 20, 1) * torch.randn(16))[1] == pytest.approx(1, abs=0.01)
 
 
@@ -477,8 +523,17 @@ def test_planning_finds_the_action():
 
     process = ProcessVPT()
     past = np.zeros((1, 38), np.float32)
-    mouse, keys = planning.plan(Sum(), process, torch.zeros(1, 1, 4, 48), np.zeros(2), past, torch.full((4, 48), 40.0), 3, ["w"], n=64, iterations=8)
-    assert 0.15 * 8 * mouse[:, 0].sum() == pytest.approx(40, abs=2) and mouse.shape == (3, 2) and keys.shape == (3, 1)
+    mouse, keys = planning.plan(Sum(), process, torch.zeros(1, 1, 4, 48), np.zeros(2), past, torch.full((4, 48), 40.0), 3, n=64, iterations=8)
+    assert 0.15 * 8 * mouse[:, 0].sum() == pytest.approx(40, abs=2) and mouse.shape == (3, 2)
+
+    class Walk(Sum):
+        def rollout(self, features, actions, states, steps):
+            return (features[:, :1] + actions[:, :, 13].cumsum(1)[:, -steps:, None, None]).expand(-1, -1, 4, 48)
+
+    full = ProcessVPT(action_dim=38)
+    for wanted in (0, 3):  # keys, too
+        mouse, keys = planning.plan(Walk(), full, torch.zeros(1, 1, 4, 48), np.zeros(2), past, torch.full((4, 48), float(wanted)), 3, ["w"], n=32)
+        assert keys.sum() == wanted and keys.shape == (3, 1)
     actions = planning.actions_of(np.array([[10.0, 0.0]]), np.array([[True]]), ["w"], process)
     ticks = Ticks("\n".join([tick(dx=10, yaw=1.5 * i, keys=["w"]) for i in range(9)]))
     assert np.allclose(actions, process.actions(ticks, 0, 1), atol=1e-4)  # the same as of a recording
@@ -508,6 +563,13 @@ def test_from_recordings_to_a_report(tmp_path, monkeypatch):
     pretrain.main([*options, "--n-updates", "4", "--num-frames", "4"])
     lines = [json.loads(line) for line in Path(out, "pretrain", "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4 and lines[-1]["effective_rank"] > 1
+    for name, stop in (("parts", lambda run, done: done == 3), ("parts --resume", lambda run, done: False)):  # stopped in the middle, and gone on
+        with monkeypatch.context() as patch:
+            patch.setattr(pretrain.Run, "stopped", stop)
+            pretrain.main([*options[:-2], "--learning-rate", "3e-3", "--n-updates", "4", "--num-frames", "4", "--out", str(tmp_path / "parts"), *name.split()[1:]])
+    both = [torch.load(Path(folder, "pretrain.pt"))["model"] for folder in (out, tmp_path / "parts")]
+    assert all(torch.equal(weight, both[1][name]) for name, weight in both[0].items())
+
     again = [*options, "--encoder", f"{out}/pretrain.pt", "--action-dim", "38", "--workers", "2"]
     train.main([*again, "--n-updates", "30"])
     lines = [json.loads(line) for line in Path(out, "action_predictor", "metrics.jsonl").read_text().splitlines()]
@@ -534,6 +596,7 @@ def test_from_recordings_to_a_report(tmp_path, monkeypatch):
         (["--data", "none.tar"], "no shard is called none.tar"),
         (["--num-frames", "15"], "--num-frames must be even, got 15"),
         (["--batch-size", "0"], "--batch-size must be positive, got 0"),
+        (["--fps", "0"], "--fps must be positive, got 0"),
         (["--ema", "1"], "--ema must lie in 0 … 1, got 1"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -541,7 +604,20 @@ def test_from_recordings_to_a_report(tmp_path, monkeypatch):
     for argv, message in [
         ([], "give one of --encoder"),
         (["--encoder", "x.pt", "--auto-steps", "8"], "--auto-steps must lie in 1 … 7, with 16 frames; got 8"),
-        (["--encoder", "x.pt", "--action-dim", "14"], "no checkpoint at x.pt|--action-dim must be one of"),
+        (["--encoder", "x.pt"], "no checkpoint at x.pt; make one with: python extras/vjepa_ac/pretrain.py"),
+        (["--encoder", f"{out}/pretrain.pt", "--action-dim", "14"], "--action-dim must be one of 13, 36, 38, got 14"),
+        ([*again, "--n-updates", "30", "--resume", "--every", "9"], "cannot resume .*: every was 8, now it is 9"),
     ]:
         with pytest.raises((UserError, CheckpointError), match=message):
             train.main([*options, *argv])
+
+
+def test_the_numbers_of_its_readme_are_those_of_the_result_file():
+    text = " ".join((FOLDER / "README.md").read_text().split())
+    report = json.loads((FOLDER.parents[1] / "results" / "vjepa_ac.json").read_text())
+    assert all(" ".join(table.split()) in text for table in evaluate.tables(report))
+    below = lambda other: f"{100 * (1 - report['prediction/predicted/step_1'] / report[f'prediction/{other}/step_1']):.0f} %"  # noqa: E731
+    said = re.search(r"One tubelet ahead the error is (\d+ %) below .*? and (\d+ %) below .*?actions", text).groups()
+    assert said == (below("copy"), below("other actions"))
+    every, fourth = (report[f"reader/frames_per_second/every {name}"] for name in ("frame", "fourth frame"))
+    assert f"{every:,.0f} frames per second" in text and f"{fourth:,.0f} of which one in four" in text

@@ -29,6 +29,7 @@ from speedrun import describe_device, git_commit  # noqa: E402
 from train_utils import autocast_on  # noqa: E402
 
 CONTEXT, HORIZON = 4, 4  # tubelets that a rollout is given, and that it predicts
+SECTIONS = ("prediction", "probes", "planning", "reader")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -53,15 +54,14 @@ def collect(shards, process, kinds, limit=10**9):
 def prediction(predictor, process, test):
     """Errors by step: of the rollout, of the last known tubelet, of the rollout with the next clip's actions (and the states they would lead to)."""
     features, actions, states = test["V-JEPA features"], test["actions"].numpy(), test["states"].numpy()
-    steps = min(HORIZON, features.shape[1] - CONTEXT)
     other = actions.copy()
     other[:, CONTEXT - 1 :] = np.roll(actions, len(actions) // 2, axis=0)[:, CONTEXT - 1 :]
     sums = {}
     for rows in np.array_split(np.arange(len(features)), -(-len(features) // 32)):
         x = features[rows].float()
-        truth = x[:, CONTEXT : CONTEXT + steps]
+        truth = x[:, CONTEXT : CONTEXT + HORIZON]
         for name, which in (("predicted", actions), ("other actions", other)):
-            ahead = planning.imagine(predictor, process, x[:, :CONTEXT], states[rows, :1], which[rows, : CONTEXT + steps - 1])
+            ahead = planning.imagine(predictor, process, x[:, :CONTEXT], states[rows, :1], which[rows, : CONTEXT + HORIZON - 1])
             sums[name] = sums.get(name, 0) + (ahead - truth).abs().mean(dim=(2, 3)).sum(0)
         sums["copy"] = sums.get("copy", 0) + (x[:, CONTEXT - 1 : CONTEXT] - truth).abs().mean(dim=(2, 3)).sum(0)
     return {f"{name}/step_{i + 1}": float(value) / len(features) for name, values in sums.items() for i, value in enumerate(values)}
@@ -121,7 +121,7 @@ def main(argv=None):
     parser.add_argument("--test", nargs="+", required=True, metavar="TAR", help="recordings of other games")
     parser.add_argument("--tokenizer", default=str(ROOT / "checkpoints" / "shipped" / "doom-maze" / "tokenizer.pt"), help="whose codes are compared [the shipped Doom maze's]")
     parser.add_argument("--clips", type=int, default=10**9, help="at most, to learn from [all]")
-    parser.add_argument("--only", nargs="+", choices=("prediction", "probes", "planning", "reader"), default=("prediction", "probes", "planning", "reader"))
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="[all]")
     parser.add_argument("--trials", type=int, default=20, help="of planning [20]")
     parser.add_argument("--json", default="", metavar="FILE", help="add the numbers to this file, and a picture beside it")
     args = parser.parse_args(argv)
@@ -129,8 +129,8 @@ def main(argv=None):
         raise UserError(f"--clips {args.clips} and --trials {args.trials} must be positive")
     began = time.perf_counter()
     encoder, predictor, process = load_model(args.checkpoint)
-    if process.num_frames // process.frameskip <= CONTEXT:
-        raise UserError(f"{args.checkpoint} knows clips of {process.num_frames} frames; more than {CONTEXT * process.frameskip} are needed here")
+    if process.num_frames // process.frameskip < CONTEXT + HORIZON:
+        raise UserError(f"{args.checkpoint} knows clips of {process.num_frames} frames; {(CONTEXT + HORIZON) * process.frameskip} are needed here")
     train_shards, test_shards = find_shards(args.data), find_shards(args.test)
     tokenizer = build_model(load_checkpoint(args.tokenizer, "tokenizer"), args.tokenizer)
     kinds = probes.inputs_of(encoder, tokenizer)
@@ -156,13 +156,15 @@ def main(argv=None):
             report |= {f"planning/{key}": value for key, value in planning.success(encoder, predictor, process, args.trials).items()}
     if "reader" in args.only:
         report |= {f"reader/{key}": value for key, value in reader_speed(test_shards).items()}
+        log = [json.loads(line) for line in (Path(args.checkpoint).with_suffix("") / "metrics.jsonl").read_text().splitlines()]
+        report["reader/share_of_training_waited"] = float(np.mean([line["waited"] for line in log[1:]]))  # the first line has filled the buffer
     for key, value in report.items():
         print(f"{key:56} {value:10.4g}")
     report["minutes"] = (time.perf_counter() - began) / 60
     print(f"{report['minutes']:.1f} minutes")
     if args.json:
         make_folder(Path(args.json).parent)
-        old = json.loads(Path(args.json).read_text()) if Path(args.json).exists() else {}
+        old = json.loads(Path(args.json).read_text()) if set(args.only) != set(SECTIONS) and Path(args.json).exists() else {}
         made = {"device": describe_device(), "commit": git_commit(), "command": "the commands of extras/vjepa_ac/README.md"}
         Path(args.json).write_text(json.dumps(old | report | made, indent=1) + "\n")
         if "prediction" in args.only:

@@ -22,10 +22,10 @@ SIZES = {
         size=256, encoder=(1024, 24, 16), masked=(384, 12, 12), predictor=(1024, 24, 16),
         pretrain=dict(learning_rate=5.25e-4), train=dict(learning_rate=4.25e-4),
     ),
-    "nano": dict(  # eight minutes for each script on two laptop cores
+    "nano": dict(  # four and thirteen minutes on two laptop cores
         size=96, encoder=(192, 6, 3), masked=(128, 3, 2), predictor=(192, 3, 6),
-        pretrain=dict(n_updates=1500, batch_size=16, num_frames=8, every=8, buffer=1024, optimizer="muon", learning_rate=1e-3, ema=0.998, spread=1.0),
-        train=dict(n_updates=4000, batch_size=4, every=8, buffer=1024, optimizer="muon", learning_rate=3e-3),
+        pretrain=dict(n_updates=800, batch_size=16, num_frames=8, every=8, buffer=1024, optimizer="muon", learning_rate=1e-3, ema=0.998, spread=0.3),
+        train=dict(n_updates=8500, batch_size=2, every=8, buffer=1024, optimizer="muon", learning_rate=3e-3),
     ),
 }  # fmt: skip
 PATCH, TUBELET = 16, 2
@@ -56,12 +56,10 @@ def rotation(places, head_dim, public=False):
 
 
 def sincos(places, dim):
-    """Fixed 3-D sinusoids (V-JEPA 1): half of the channels for time, a quarter each for row and column. places (…, 3) → (…, dim)."""
-    parts = []
-    for axis, width in zip(range(3), (dim // 2, dim // 4, dim // 4)):
-        angles = places[..., axis, None].float() * 10000.0 ** -(torch.arange(width // 2, device=places.device) / (width / 2))
-        parts += [angles.sin(), angles.cos()]
-    return torch.cat(parts, dim=-1)
+    """Fixed 3-D sinusoids, as V-JEPA 1's configurations ask for them: a third of the channels, rounded up to even, for each axis. (…, 3) → (…, dim)."""
+    half = math.ceil(dim / 6)
+    angles = places[..., None].float() * 10000.0 ** -(torch.arange(half, device=places.device) / half)  # (…, 3, half)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :dim]
 
 
 class Attention(nn.Module):
@@ -80,19 +78,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, hidden):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, heads), MLP(dim)
+        self.attn, self.mlp = Attention(dim, heads), MLP(dim, hidden)
 
     def forward(self, x, turn, T):
         x = x + self.attn(self.norm1(x), turn, T)
@@ -107,10 +105,10 @@ class Transformer(nn.Module):
     The n tokens are T frames of equal size and attention is causal among them, to all sides within each. T = 1: to all sides.
     """
 
-    def __init__(self, dim, depth, heads, kind="rotary"):
+    def __init__(self, dim, depth, heads, kind="rotary", hidden=None):
         super().__init__()
         self.head_dim, self.kind = dim // heads, kind
-        self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(dim, heads, hidden or 4 * dim) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def start(self):
@@ -142,8 +140,8 @@ class PatchEmbed(nn.Module):
 class Encoder(Transformer):
     """video uint8 (B, T, 3, S, S), T even → tokens (B, T/2·N, E), after the last norm; with `shown` (B, n), only of those tokens, from those alone."""
 
-    def __init__(self, size=256, dim=1024, depth=24, heads=16, kind="rotary"):
-        super().__init__(dim, depth, heads, kind)
+    def __init__(self, size=256, dim=1024, depth=24, heads=16, kind="rotary", hidden=None):
+        super().__init__(dim, depth, heads, kind, hidden)
         self.size, self.dim, self.grid = size, dim, size // PATCH
         self.patch_embed = PatchEmbed(dim)
         self.start()
@@ -172,18 +170,19 @@ class Encoder(Transformer):
         return x.view(B, T // TUBELET, *x.shape[1:])
 
 
-def load_encoder(path, which="target_encoder"):
-    """An Encoder with the weights of a public V-JEPA or V-JEPA 2 checkpoint file. Raises CheckpointError if the file is something else.
+def load_encoder(path, kind="rotary-public"):
+    """An Encoder with the weights of a public checkpoint file: of V-JEPA 2, or with kind="sinusoid" of V-JEPA 1. Raises CheckpointError for another file.
 
-    V-JEPA 1 has fixed sinusoids, which it saves as pos_embed; V-JEPA 2 has rotary positions. `which`: target_encoder (V-JEPA 2's evaluations) or encoder.
+    Of the two encoders in a file the target encoder is taken, as V-JEPA 2's evaluations do. A saved pos_embed is not needed: V-JEPA 1's is computed
+    again, and V-JEPA 2 carries one that it does not use (facebookresearch/vjepa2, src/hub/backbones.py).
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {name.removeprefix("module.").removeprefix("backbone."): weight for name, weight in saved.get(which, saved["encoder"]).items()}
-        kind = "rotary-public" if weights.pop("pos_embed", None) is None else "sinusoid"
+        weights = {name.removeprefix("module.").removeprefix("backbone."): weight for name, weight in saved["target_encoder" if "target_encoder" in saved else "encoder"].items()}
+        weights.pop("pos_embed", None)
         dim = weights["patch_embed.proj.bias"].shape[0]
         depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-        encoder = Encoder(256, dim, depth, {1280: 16}.get(dim, dim // 64), kind)  # heads of 64 channels, but ViT-H
+        encoder = Encoder(256, dim, depth, {1280: 16}.get(dim, dim // 64), kind, len(weights["blocks.0.mlp.fc1.bias"]))  # heads of 64 channels, but ViT-H
         encoder.load_state_dict({name: weight.float() for name, weight in weights.items()})
     except Exception as error:  # whatever a foreign file may hold
         raise CheckpointError(f"{path} is no public V-JEPA checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from None
@@ -202,6 +201,7 @@ def block_masks(B, T, grid, n_blocks, area, device=None):
     """
     aspect = float(torch.empty(1).uniform_(0.75, 1.5))
     h, w = (min(grid, max(1, round(math.sqrt(area * grid * grid * a)))) for a in (aspect, 1 / aspect))
+    h -= h == w == grid  # on a tiny grid: something must be left
     hidden = torch.zeros(B, grid, grid, dtype=torch.bool)
     for clip in hidden:
         while True:
@@ -249,8 +249,9 @@ def health(features):
     Both look at how clips differ at the same place, so that features which say no more than where they are count as collapsed: 0 and 1.
     """
     x = (features - features.mean(0)).flatten(0, -2).float()
-    spectrum = torch.linalg.svdvals(x.T @ x / len(x)).clamp(min=1e-12)
-    share = spectrum / spectrum.sum()
+    spectrum = torch.linalg.svdvals(x.T @ x / len(x))
+    share = torch.cat([spectrum[:1] + 1e-8, spectrum[1:]]) / (spectrum.sum() + 1e-8)
+    share = share.clamp(min=1e-12)
     return float(x.std(0).mean()), float(torch.exp(-(share * share.log()).sum()))
 
 

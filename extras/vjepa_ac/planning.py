@@ -46,12 +46,12 @@ def plan(predictor, process, features, state, past, goal, horizon, names=(), n=3
     for _ in range(iterations):
         mouse = np.clip(mean + std * rng.standard_normal((n, horizon, 2)), -REACH, REACH)
         keys = rng.random((n, horizon, len(names))) < chance
-        actions = np.concatenate([np.broadcast_to(past, (n, *past.shape)), actions_of(mouse, keys, names, process)], axis=1)
+        actions = np.concatenate([np.broadcast_to(past, (n, *past.shape)), actions_of(mouse, keys, names, process, past[-1, 28:37].argmax())], axis=1)
         ahead = imagine(predictor, process, features, state, actions)
         energy = (ahead[:, -1].float() - goal).abs().mean(dim=(1, 2)).numpy()
         best = np.argsort(energy)[:elite]
         mean, std, chance = mouse[best].mean(0), mouse[best].std(0) + [1.0, 0.0], 0.9 * keys[best].mean(0) + 0.05
-    return mouse[best[0]], keys[best[0]]
+    return np.round(mouse[best[0]]), keys[best[0]]
 
 
 def success(encoder, predictor, process, trials=20, steps=3, place="my_way_home", tolerance=10.0, choose=plan):
@@ -67,16 +67,17 @@ def success(encoder, predictor, process, trials=20, steps=3, place="my_way_home"
         game.begin(5000 + trial)
         player = Player(np.random.default_rng(trial))
         for _ in range(60):
-            game.step(player.step(game.observe()[1]))
+            if game.step(player.step(game.observe()[1])):  # out of the maze: begin elsewhere
+                return begin(trial + 1000)
         game.step({})
 
-    def execute(mouse, keys=(), names=()):
+    def execute(mouse):
         """One tubelet of ticks with an action. → features (1, 1, N, E) of the tubelet."""
         frames = []
         for tick in range(process.skip):
             if tick % process.stride == 0:
                 frames.append(cv2.resize(game.observe()[0], (process.size, process.size), interpolation=cv2.INTER_AREA))
-            game.step({"dx": round(float(mouse[0])), "dy": round(float(mouse[1])), "keys": [name for name, on in zip(names, keys) if on]})
+            game.step({"dx": float(mouse[0]), "dy": float(mouse[1])})
         with torch.no_grad():
             return encoder.each_tubelet(torch.from_numpy(np.stack(frames[:TUBELET])).permute(0, 3, 1, 2)[None])
 
@@ -84,7 +85,7 @@ def success(encoder, predictor, process, trials=20, steps=3, place="my_way_home"
     for trial in range(trials):
         begin(trial)
         execute(still)
-        turns = rng.choice([-1, 1]) * rng.uniform(4, 18, steps)
+        turns = np.round(rng.choice([-1, 1]) * rng.uniform(4, 18, steps))
         for turn in turns:
             execute((turn, 0))
         wanted, goal = game.observe()[1]["yaw"], execute(still)[0, 0]
@@ -93,10 +94,10 @@ def success(encoder, predictor, process, trials=20, steps=3, place="my_way_home"
         errors["standing still"].append(abs(wrap(game.observe()[1]["yaw"] - wanted)))
         guesses = rng.choice([-1, 1]) * rng.uniform(4, 18, steps)  # drawn as the goal was
         errors["random turns"].append(abs(wrap(game.observe()[1]["yaw"] + DEGREES_PER_PIXEL * process.skip * guesses.sum() - wanted)))
-        features, past, mouse = [], [], still
+        features, past, mouse, slot = [], [], still, game.observe()[1]["hotbar"]
         for step in range(steps + 1):
             features.append(execute(mouse))
-            past.append(actions_of(np.asarray(mouse)[None], np.zeros((1, 0)), (), process)[0])
+            past.append(actions_of(np.asarray(mouse)[None], np.zeros((1, 0)), (), process, slot)[0])
             if step < steps:
                 mouse = choose(predictor, process, torch.cat(features, dim=1), state, np.stack(past), goal, steps - step, rng=rng)[0][0]
         errors["plan"].append(abs(wrap(game.observe()[1]["yaw"] - wanted)))

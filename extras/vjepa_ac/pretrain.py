@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from config import Parser, UserError, choose_device, print_user_errors  # noqa: 
 from extras.vjepa_ac.model import MASKS, PATCH, SIZES, TUBELET, Encoder, MaskedPredictor, block_masks, crowding, health, normalised  # noqa: E402
 from extras.vjepa_ac.vpt import Clips, ProcessVPT, batches, find_shards  # noqa: E402
 from models.checkpoint import load_checkpoint  # noqa: E402
+from models.distributed import n_ranks  # noqa: E402
 from train_utils import Run, make_optimizer, rate_at, set_up, wrap  # noqa: E402
 
 STAGE = "pretrain"
@@ -74,7 +76,7 @@ def parser_of(description):
     parser.add_argument("--n-updates", type=int, default=2000, help="[2000]")
     parser.add_argument("--batch-size", type=int, default=8, help="clips per process [8]")
     parser.add_argument("--learning-rate", type=float, help="peak")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="adamw: V-JEPA; muon: fewer steps [adamw]")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="[adamw]; muon needs fewer steps")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints [500]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -87,7 +89,7 @@ def parse(parser, stage, argv):
     """The command line, over the defaults of --size; bad numbers are refused, and what train_utils.py wants to know is added."""
     parser.set_defaults(**SIZES[parser.parse_args(argv).size][stage])
     cfg = parser.parse_args(argv)
-    for name in ("num_frames", "every", "workers", "n_updates", "batch_size", "learning_rate", "save_every", "max_problems"):
+    for name in ("num_frames", "fps", "every", "workers", "n_updates", "batch_size", "learning_rate", "save_every", "max_problems"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name)}")
     if min(cfg.buffer, cfg.seed) < 0:
@@ -100,6 +102,11 @@ def parse(parser, stage, argv):
     return cfg
 
 
+def reading(cfg):
+    """What must not change for a resumed stream to go on with the next clip."""
+    return {name: getattr(cfg, name) for name in ("data", "num_frames", "fps", "every", "buffer", "workers", "seed")} | {"processes": n_ranks()}
+
+
 class Stream:
     """Endless batches of clips on the device. It knows how long the loop has waited for them, and where each reader is."""
 
@@ -107,6 +114,14 @@ class Stream:
         self.passed, self.device, self.waited, self.began = dict(passed or {}), cfg.device, 0.0, time.perf_counter()
         clips = Clips(shards, process, cfg.every, cfg.buffer, cfg.seed, max_problems=cfg.max_problems, passed=self.passed)
         self.batches = batches(clips, cfg.batch_size, cfg.workers)
+
+    def positions(self):
+        """How far the readers of all processes are, for the checkpoint."""
+        if n_ranks() == 1:
+            return dict(self.passed)
+        everywhere = [None] * n_ranks()
+        dist.all_gather_object(everywhere, self.passed)
+        return {reader: n for passed in everywhere for reader, n in passed.items()}
 
     def next(self, *names):
         began = time.perf_counter()
@@ -148,7 +163,7 @@ def main(argv=None):
 
     # --- output folder and resume
     run = Run(cfg, STAGE)
-    first, n_updates = run.open(model, optimizer, cfg.n_updates, model_args=model_args)
+    first, n_updates = run.open(model, optimizer, cfg.n_updates, model_args=model_args, reading=reading(cfg))
     stream = Stream(cfg, process, shards, load_checkpoint(run.path, STAGE)["passed"] if first else None)
     done = first
 
@@ -173,13 +188,14 @@ def main(argv=None):
             run.log(done, loss=loss.detach(), grad_norm=norm, feature_std=std, effective_rank=rank, waited=stream.share())
             bar.set_postfix_str(f"loss {loss:.3f}, features: deviation {std:.2f}, rank {rank:.0f}", refresh=False)
         if done % cfg.save_every == 0 or last:
-            run.save(model, optimizer, done, n_updates, model_args=model_args, passed=stream.passed)
+            run.save(model, optimizer, done, n_updates, model_args=model_args, reading=reading(cfg), passed=stream.positions())
         if last:
             break
 
     # --- finish
-    if run.first and done == n_updates > first and (std < 0.1 or rank < 5):
-        print(f"warning: the features have collapsed (deviation {std:.2f}, effective rank {rank:.1f}); try a smaller --learning-rate or an --ema nearer to 1")
+    if run.first and done > first:
+        print(f"features: deviation {std:.2f}, effective rank {rank:.1f} of {sizes['encoder'][0]}" + (
+            "; they have collapsed: try a smaller --learning-rate, an --ema nearer to 1, or --spread" if std < 0.1 or rank < 5 else ""))  # fmt: skip
     run.finish(done, n_updates, f"python extras/vjepa_ac/train.py --data {cfg.data_path} --encoder {run.path} --size {cfg.size} --out {cfg.out}")
 
 

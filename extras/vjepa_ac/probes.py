@@ -12,7 +12,7 @@ from torch import nn
 
 from extras.vjepa_ac.doom import PLACES, Doom, Player
 from extras.vjepa_ac.model import PATCH, TUBELET, Transformer, positions
-from extras.vjepa_ac.vpt import DEGREES_PER_PIXEL, KEYS
+from extras.vjepa_ac.vpt import DEGREES_PER_PIXEL, KEYS, RATE
 
 TURN, WALK = 2, KEYS["key.keyboard.w"]  # where an action says how far the view turned, and whether w was pressed
 BINS = torch.linspace(-36, 36, 10)[1:-1]  # degrees: borders of the nine turns between which the policy chooses
@@ -152,7 +152,7 @@ def blind_policy(train):
 
 def ground_covered(policy, inputs, size, process, episodes=6, tubelets=40):
     """Play: how many fields of 64 × 64 units does a policy enter in a minute? policy None is the recorder's player itself."""
-    total, dice = 0, torch.Generator().manual_seed(0)
+    total, played, dice = 0, 0, torch.Generator().manual_seed(0)
     for place in PLACES:
         game = Doom(place, 4242)
         for episode in range(episodes // len(PLACES)):
@@ -163,11 +163,13 @@ def ground_covered(policy, inputs, size, process, episodes=6, tubelets=40):
                 fields.add((seen["position"][0] // 64, seen["position"][2] // 64))
                 if tick % process.stride == 0:
                     frames.append(cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA))
-                game.step(player.step(seen) if policy is None else action)
+                played += 1
+                if game.step(player.step(seen) if policy is None else action):  # it has found the way out
+                    break
                 if policy and tick % process.skip == process.skip - 1:  # the tubelet is complete: what next?
                     video = torch.from_numpy(np.stack(frames[-TUBELET:])).permute(0, 3, 1, 2)[None]
                     turn, walk = policy(inputs(video), dice)
                     action = {"dx": round(turn / DEGREES_PER_PIXEL / process.skip), "keys": ["w"] if walk else []}
             total += len(fields)
         game.close()
-    return total / (episodes * tubelets * process.skip / 20 / 60)
+    return total / (played / RATE / 60)

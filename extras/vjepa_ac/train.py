@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from config import UserError, print_user_errors  # noqa: E402
 from extras.vjepa_ac.model import SIZES, TUBELET, ActionPredictor, Encoder, load_encoder, losses  # noqa: E402
-from extras.vjepa_ac.pretrain import Pretraining, Stream, parse, parser_of  # noqa: E402
+from extras.vjepa_ac.pretrain import Pretraining, Stream, parse, parser_of, reading  # noqa: E402
 from extras.vjepa_ac.vpt import Problems, ProcessVPT, find_shards, statistics  # noqa: E402
 from models.checkpoint import CheckpointError, load_checkpoint  # noqa: E402
 from train_utils import Run, make_optimizer, rate_at, set_up, wrap  # noqa: E402
@@ -41,6 +41,8 @@ class ActionTraining(nn.Module):
 
 def pretrained(path):
     """The target encoder of pretrain.py."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"no checkpoint at {path}; make one with: python extras/vjepa_ac/pretrain.py")
     saved = load_checkpoint(path, "pretrain")
     model = Pretraining(**saved["model_args"])
     model.load_state_dict(saved["model"])
@@ -49,6 +51,8 @@ def pretrained(path):
 
 def load_model(path, device="cpu"):
     """→ (encoder, predictor, ProcessVPT as in training), for use. Raises CheckpointError where the file is something else."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"no checkpoint at {path}; make one with: python extras/vjepa_ac/train.py")
     saved = load_checkpoint(path, STAGE)
     sizes = saved["model_args"]
     model = ActionTraining(Encoder(**sizes["encoder"]), ActionPredictor(**sizes["predictor"]), 1, 1)
@@ -64,7 +68,8 @@ def main(argv=None):
     # --- settings and set-up
     parser = parser_of(__doc__)
     parser.add_argument("--encoder", default="", metavar="PT", help="what pretrain.py wrote")
-    parser.add_argument("--encoder-checkpoint", default="", metavar="PT", help="or a public V-JEPA or V-JEPA 2 checkpoint file")
+    parser.add_argument("--encoder-checkpoint", default="", metavar="PT", help="or a public V-JEPA 2 checkpoint file")
+    parser.add_argument("--v-jepa-1", action="store_true", help="that file is V-JEPA 1's")
     parser.add_argument("--action-dim", type=int, default=13, help="13: mouse and hotbar; 36 or 38: all keys, see vpt.py [13]")
     parser.add_argument("--auto-steps", type=int, default=2, help="tubelets of the rollout in the loss [2]")
     parser.add_argument("--loss-exponent", type=float, default=1.0, help="1: absolute error; 2: squared (the seed) [1]")
@@ -76,7 +81,7 @@ def main(argv=None):
     device, autocast = set_up(cfg)
 
     # --- frozen encoder
-    encoder = pretrained(cfg.encoder) if cfg.encoder else load_encoder(cfg.encoder_checkpoint)
+    encoder = pretrained(cfg.encoder) if cfg.encoder else load_encoder(cfg.encoder_checkpoint, "sinusoid" if cfg.v_jepa_1 else "rotary-public")
 
     # --- data
     shards = find_shards(cfg.data)
@@ -86,7 +91,8 @@ def main(argv=None):
 
     # --- model
     dim, depth, heads = SIZES[cfg.size]["predictor"]
-    encoder_args = dict(size=encoder.size, dim=encoder.dim, depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads, kind=encoder.kind)
+    encoder_args = dict(size=encoder.size, dim=encoder.dim, depth=len(encoder.blocks), heads=encoder.blocks[0].attn.heads, kind=encoder.kind,
+                        hidden=encoder.blocks[0].mlp.fc1.out_features)  # fmt: skip
     predictor_args = dict(grid=encoder.grid, encoder_dim=encoder.dim, action_dim=cfg.action_dim, dim=dim, depth=depth, heads=heads)
     model_args = dict(encoder=encoder_args, predictor=predictor_args)
     model = ActionTraining(encoder, ActionPredictor(**predictor_args), cfg.auto_steps, cfg.loss_exponent).to(device)
@@ -98,7 +104,7 @@ def main(argv=None):
 
     # --- output folder and resume
     run = Run(cfg, STAGE)
-    first, n_updates = run.open(model, optimizer, cfg.n_updates, model_args=model_args)
+    first, n_updates = run.open(model, optimizer, cfg.n_updates, model_args=model_args, reading=reading(cfg))
     stream = Stream(cfg, process, shards, load_checkpoint(run.path, STAGE)["passed"] if first else None)
     done = first
 
@@ -124,7 +130,7 @@ def main(argv=None):
                     grad_norm=norm, waited=stream.share())  # fmt: skip
             bar.set_postfix_str(f"one step {forced:.3f}, with other actions {other:.3f}, copy {copy:.3f}", refresh=False)
         if done % cfg.save_every == 0 or last:
-            run.save(model, optimizer, done, n_updates, model_args=model_args, process=settings, passed=stream.passed)
+            run.save(model, optimizer, done, n_updates, model_args=model_args, process=settings, reading=reading(cfg), passed=stream.positions())
         if last:
             break
 

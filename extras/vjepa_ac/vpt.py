@@ -10,7 +10,6 @@ in line i leads to frame i + 1 (minerllabs/minerl, scripts/mcp_patch.diff; facts
 import glob
 import itertools
 import json
-import math
 import os
 import sys
 import tarfile
@@ -44,12 +43,15 @@ LAYOUTS = {13: list(range(13)), 36: [i for i in range(38) if i not in (24, 37)],
 
 
 class Problems:
-    """What was left out so far. Raises UserError when it is more than `limit`."""
+    """What a reader has left out so far, each thing once. Raises UserError when it is more than `limit`."""
 
     def __init__(self, limit=100):
-        self.limit, self.counts = limit, Counter()
+        self.limit, self.counts, self.known = limit, Counter(), set()
 
     def add(self, kind, what):
+        if (kind, what) in self.known:  # the recordings come by again in each epoch
+            return
+        self.known.add((kind, what))
         self.counts[kind] += 1
         print(f"skipped {what}: {kind}", file=sys.stderr)
         if self.counts.total() > self.limit:
@@ -70,7 +72,7 @@ class Ticks:
         lines = text.rstrip("\n").split("\n")  # not splitlines: what was typed may hold other separators
         n = len(lines)
         self.inputs, self.state, self.valid = np.zeros((n, 38), np.float32), np.zeros((n, 2), np.float32), np.ones(n, bool)
-        stuck, slot, unknown = False, None, set()
+        stuck, slot = False, None
         for i, line in enumerate(lines):
             try:
                 tick = json.loads(line)
@@ -78,7 +80,7 @@ class Ticks:
                 buttons, new = mouse.get("buttons", []), mouse.get("newButtons", [])
                 now = tick.get("hotbar", 0)  # older recorders do not write it
                 numbers = [float(x) for x in (mouse.get("dx", 0), mouse.get("dy", 0), tick["yaw"], tick["pitch"])]
-                if not all(map(math.isfinite, numbers)) or now not in range(9) or not isinstance(buttons + new + keys, list):
+                if not all(abs(x) < 1e6 for x in numbers) or now not in range(9) or not isinstance(buttons + new + keys, list):
                     raise ValueError
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 self.valid[i], slot = False, None
@@ -91,9 +93,8 @@ class Ticks:
             for key in map(str, keys):
                 if key in KEYS:
                     row[KEYS[key]] = 1
-                elif key not in unknown:
-                    unknown.add(key)
-                    problems.add("an unknown key", f"{key} in {name}.jsonl")
+                else:
+                    problems.add("an unknown key", key)  # once, wherever it is pressed
             for button in (0, 1, 2):
                 row[BUTTON + button] = button in buttons and not (button == 0 and stuck)
             if slot not in (None, now):
@@ -168,6 +169,19 @@ def find_shards(patterns):
     return sorted(set(shards))
 
 
+class Member(tarfile.TarInfo):
+    """tarfile takes a damaged or missing header, but the first, for the end of the tar; here it is an error."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # two empty blocks: the true end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"header: {error}") from None
+
+
 def recordings(shard, problems, want_video=True):
     """Yield (name, bytes of the mp4 or None, text of the jsonl) of a shard, which is read as a stream, a member at a time."""
     name, parts = None, {}
@@ -179,7 +193,7 @@ def recordings(shard, problems, want_video=True):
             problems.add(f"it has no {'jsonl' if 'mp4' in parts else 'mp4'} beside it", f"{name} in {shard}")
 
     try:
-        with tarfile.open(shard, "r|*") as tar:
+        with tarfile.open(shard, "r|*", tarinfo=Member) as tar:
             for member in tar:
                 tar.members = []  # else it keeps a record of each member it has passed
                 stem, _, kind = member.name.rpartition(".")
@@ -189,6 +203,8 @@ def recordings(shard, problems, want_video=True):
                     if complete():
                         yield name, parts["mp4"], parts["jsonl"].decode(errors="replace")
                     name, parts = stem, {}
+                if kind.lower() in parts:
+                    problems.add(f"a second {kind} of that name", f"{member.name} in {shard}")
                 content = tar.extractfile(member)
                 parts[kind.lower()] = content.read() if want_video or kind.lower() == "jsonl" else None
     except (tarfile.TarError, EOFError, OSError) as error:
@@ -201,8 +217,8 @@ def recordings(shard, problems, want_video=True):
 def statistics(shards, process, problems, limit=1000):
     """Mean and standard deviation of mouse, turn and state, ([6], [6]), from the lines of the first `limit` recordings; no video is decoded."""
     rows = []
-    for _, _, text in itertools.islice((r for shard in shards for r in recordings(shard, problems, want_video=False)), limit):
-        ticks = Ticks(text, problems=Problems(math.inf))
+    for name, _, text in itertools.islice((r for shard in shards for r in recordings(shard, problems, want_video=False)), limit):
+        ticks = Ticks(text, name, problems)
         n = (len(ticks) - 1) // process.skip
         if n > 0:
             good = [ticks.valid[k * process.skip : (k + 1) * process.skip + 1].all() for k in range(n)]
@@ -213,15 +229,23 @@ def statistics(shards, process, problems, limit=1000):
     return rows.mean(axis=0).tolist(), np.maximum(rows.std(axis=0), 1e-3).tolist()
 
 
-def frames_of(path, size):
-    """Open an mp4. → (number of frames by its header, function that steps to the next frame, function that returns it as RGB)."""
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+class Video:
+    """The frames of an mp4, front to back. length: how many by its header; at: the number of the frame that was read last."""
 
-    def retrieve():
+    def __init__(self, path, size):
+        self.capture, self.size, self.at = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]), size, -1
+        self.length = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
+
+    def next(self):
+        """Read a frame. → False at the end, or where a frame was damaged: the decoder leaves it out, and what follows would belong to other lines."""
+        if not self.capture.grab() or abs(self.capture.get(cv2.CAP_PROP_POS_MSEC) * RATE / 1000 - (self.at + 1)) > 0.5:
+            return False
+        self.at += 1
+        return True
+
+    def picture(self):
         # The whole picture, squeezed into a square as OpenAI's agent sees it; a crop would cut off the sides, where turning brings news.
-        return cv2.cvtColor(cv2.resize(capture.retrieve()[1], (size, size), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2RGB)
-
-    return int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.grab, retrieve
+        return cv2.cvtColor(cv2.resize(self.capture.retrieve()[1], (self.size, self.size), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2RGB)
 
 
 def shuffle(items, size, rng):
@@ -244,8 +268,8 @@ def shuffle(items, size, rng):
 class Clips(torch.utils.data.IterableDataset):
     """The samples of many shards as a stream, for a DataLoader with any number of workers.
 
-    every: ticks from the start of one clip to the next one's (a new beginning each epoch); buffer: clips that are mixed, 0 for none;
-    epochs: how often, or None for ever. A sample has three entries more: `name` of its recording, `worker` and `position`, how many clips
+    every: ticks from the start of one clip to the next one's; buffer: clips that are mixed, 0 to read in order, from the first tick on, instead of
+    shards in random order and another beginning each epoch; epochs: how often, or None for ever. A sample has three entries more: `name` of its recording, `worker` and `position`, how many clips
     that worker has passed. `passed`, {worker: position}, goes on from there.
     """
 
@@ -272,7 +296,7 @@ class Clips(torch.utils.data.IterableDataset):
 
     def clips(self, mine, readers, out):
         """This reader's clips in the order of the shards; None for one whose number is in `out`, or that turns out broken."""
-        problems, number = Problems(self.max_problems), 0
+        problems, number, empty = Problems(self.max_problems), 0, 0
         for epoch in itertools.count() if self.epochs is None else range(self.epochs):
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards)) if self.buffer else np.arange(len(self.shards))
             before = number
@@ -282,7 +306,8 @@ class Clips(torch.utils.data.IterableDataset):
                     for clip in self.decode(name, mp4, Ticks(text, name, problems), offset, problems, lambda: number in out):
                         yield clip
                         number += 1
-            if number == before:
+            empty = empty + 1 if number == before else 0
+            if empty == (self.epochs or len(self.shards)):  # not at once: this reader's only shard may be broken, but it gets another one next
                 raise UserError(f"not one clip of {self.process.span} ticks in {self.shards[order[mine]]} …; give longer recordings")
 
     def decode(self, name, mp4, ticks, offset, problems, is_out):
@@ -290,7 +315,8 @@ class Clips(torch.utils.data.IterableDataset):
         with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
             file.write(mp4)
             file.flush()
-            n, grab, retrieve = frames_of(file.name, self.process.size)
+            video = Video(file.name, self.process.size)
+            n = video.length
             if n < 1:
                 return problems.add("its video cannot be read", name)
             if abs(n - len(ticks)) > 1:  # VPT's recorder writes the last frame twice
@@ -298,17 +324,16 @@ class Clips(torch.utils.data.IterableDataset):
             n = min(n, len(ticks))
             starts = [s for s in range(offset % max(1, n - span + 1), n - span + 1, self.every) if ticks.valid[s : s + span].all()]
             wanted = {t for s in starts for t in range(s, s + span, stride)}
-            frames, at = {}, -1
+            frames = {}
             for start in starts:
                 if is_out():
                     yield None
                     continue
-                while at < start + span - 1 and grab():
-                    at += 1
-                    if at in wanted and at >= start:
-                        frames[at] = retrieve()
-                if at < start + span - 1:
-                    problems.add(f"its video ends after {at + 1} of {n} frames", name)
+                while video.at < start + span - 1 and video.next():
+                    if video.at in wanted and video.at >= start:
+                        frames[video.at] = video.picture()
+                if video.at < start + span - 1:
+                    problems.add(f"its video ends or is damaged after {video.at + 1} of {n} frames", name)
                     yield from [None] * (len(starts) - starts.index(start))
                     return
                 yield {**self.process([frames[t] for t in range(start, start + span, stride)], ticks, start), "name": name}
@@ -317,7 +342,8 @@ class Clips(torch.utils.data.IterableDataset):
 
 def batches(clips, batch_size, workers, drop_last=True):
     """A stream of batches from `workers` processes. Errors of a worker come as themselves, in one line."""
-    loader = torch.utils.data.DataLoader(clips, batch_size, num_workers=workers, drop_last=drop_last, pin_memory=torch.cuda.is_available())
+    dice = torch.Generator()  # its own: else it would draw from those of the training
+    loader = torch.utils.data.DataLoader(clips, batch_size, num_workers=workers, drop_last=drop_last, pin_memory=torch.cuda.is_available(), generator=dice)
     stream = iter(loader)
     while True:
         try:
