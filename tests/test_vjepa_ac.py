@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 
 from config import UserError
 from extras.vjepa_ac import doom, evaluate, planning, pretrain, probes, train, vpt
-from extras.vjepa_ac.model import (MASKS, ActionPredictor, Encoder, MaskedPredictor, Transformer, block_masks, health, load_encoder, losses, normalised,
-                                   positions, rotation, sincos)  # fmt: skip
+from extras.vjepa_ac.model import MASKS, ActionPredictor, Encoder, MaskedPredictor, block_masks, health
+from extras.vjepa_ac.model import load_encoder, losses, normalised, positions, rotation, sincos
 from extras.vjepa_ac.vpt import Clips, Problems, ProcessVPT, Ticks, batches, find_shards, shuffle
 from models.checkpoint import CheckpointError
 
@@ -262,6 +263,16 @@ def test_a_picture_that_the_decoder_leaves_out_ends_the_video(tmp_path):
     video = vpt.Video(tmp_path / "none.mp4", 32)
     video.capture = Capture()
     assert [video.next() for _ in range(4)] == [True, True, True, False] and video.at == 2
+
+
+def test_a_shard_is_never_held_whole(tmp_path):
+    large = [(f"{i}.{kind}", bytes(n)) for i in range(20) for kind, n in (("mp4", 2**20), ("jsonl", 9), ("zip", 2**20))]
+    shard = write_shard(tmp_path / "large.tar", extra=large)
+    tracemalloc.start()
+    assert sum(len(mp4) for _, mp4, _ in vpt.recordings(shard, Problems())) == 20 * 2**20
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 2**20  # of 40
 
 
 class FakeGame:
@@ -583,7 +594,8 @@ def test_from_recordings_to_a_report(tmp_path, monkeypatch):
     train.main([*again, "--n-updates", "30", "--resume"])  # nothing left to do
 
     monkeypatch.setattr(probes, "fit", lambda *args, fit=probes.fit, **more: fit(*args, **more | {"n_updates": 20}))
-    monkeypatch.setattr(probes.ground_covered, "__defaults__", (3, 6))
+    monkeypatch.setattr(probes, "PLACES", ["my_way_home"])
+    monkeypatch.setattr(probes.ground_covered, "__defaults__", (1, 6))
     report = evaluate.main(["--checkpoint", f"{out}/action_predictor.pt", "--data", data, "--test", str(tmp_path / "test-*.tar"), "--trials", "1",
                             "--json", str(tmp_path / "r.json")])  # fmt: skip
     assert evaluate.tables(json.loads((tmp_path / "r.json").read_text()))[0].count("|") > 20 and (tmp_path / "r.png").exists()

@@ -160,8 +160,7 @@ def main(argv=None):
         report["reader/share_of_training_waited"] = float(np.mean([line["waited"] for line in log[1:]]))  # the first line has filled the buffer
     for key, value in report.items():
         print(f"{key:56} {value:10.4g}")
-    report["minutes"] = (time.perf_counter() - began) / 60
-    print(f"{report['minutes']:.1f} minutes")
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes")
     if args.json:
         make_folder(Path(args.json).parent)
         old = json.loads(Path(args.json).read_text()) if set(args.only) != set(SECTIONS) and Path(args.json).exists() else {}

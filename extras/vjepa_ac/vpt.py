@@ -15,7 +15,6 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
