@@ -15,8 +15,20 @@ import torch.nn.functional as F
 
 from config import UserError
 from extras.vjepa_ac import doom, evaluate, planning, pretrain, probes, train, vpt
-from extras.vjepa_ac.model import MASKS, ActionPredictor, Encoder, MaskedPredictor, block_masks, health
-from extras.vjepa_ac.model import load_encoder, losses, normalised, positions, rotation, sincos
+from extras.vjepa_ac.model import (
+    MASKS,
+    ActionPredictor,
+    Encoder,
+    MaskedPredictor,
+    block_masks,
+    health,
+    load_encoder,
+    losses,
+    normalised,
+    positions,
+    rotation,
+    sincos,
+)
 from extras.vjepa_ac.vpt import Clips, Problems, ProcessVPT, Ticks, batches, find_shards, shuffle
 from models.checkpoint import CheckpointError
 
@@ -566,6 +578,7 @@ def test_imagined_states_follow_the_actions():
 def test_from_recordings_to_a_report(tmp_path, monkeypatch):
     pytest.importorskip("vizdoom")
     monkeypatch.setitem(pretrain.SIZES, "nano", pretrain.SIZES["nano"] | dict(size=64, encoder=(48, 1, 2), masked=(48, 1, 2), predictor=(48, 1, 2)))
+    monkeypatch.setattr(doom, "PLACES", ["my_way_home"])
     for name, seed in (("train", 0), ("test", 1)):
         for i in range(2):
             doom.record_shard(str(tmp_path / name), seed, 200, 100, i)
@@ -582,7 +595,7 @@ def test_from_recordings_to_a_report(tmp_path, monkeypatch):
     assert all(torch.equal(weight, both[1][name]) for name, weight in both[0].items())
 
     again = [*options, "--encoder", f"{out}/pretrain.pt", "--action-dim", "38", "--workers", "2"]
-    train.main([*again, "--n-updates", "30"])
+    train.main([*again, "--n-updates", "20"])
     lines = [json.loads(line) for line in Path(out, "action_predictor", "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["forced"] < lines[-1]["copy"] * 1.5
     saved = torch.load(f"{out}/action_predictor.pt")
@@ -591,9 +604,9 @@ def test_from_recordings_to_a_report(tmp_path, monkeypatch):
     target.load_state_dict(torch.load(f"{out}/pretrain.pt")["model"])
     encoder, predictor, process = train.load_model(f"{out}/action_predictor.pt")
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), target.target.parameters()))  # frozen
-    train.main([*again, "--n-updates", "30", "--resume"])  # nothing left to do
+    train.main([*again, "--n-updates", "20", "--resume"])  # nothing left to do
 
-    monkeypatch.setattr(probes, "fit", lambda *args, fit=probes.fit, **more: fit(*args, **more | {"n_updates": 20}))
+    monkeypatch.setattr(probes, "fit", lambda *args, fit=probes.fit, **more: fit(*args, **more | {"n_updates": 10}))
     monkeypatch.setattr(probes, "PLACES", ["my_way_home"])
     monkeypatch.setattr(probes.ground_covered, "__defaults__", (1, 6))
     report = evaluate.main(["--checkpoint", f"{out}/action_predictor.pt", "--data", data, "--test", str(tmp_path / "test-*.tar"), "--trials", "1",
@@ -618,7 +631,7 @@ def test_from_recordings_to_a_report(tmp_path, monkeypatch):
         (["--encoder", "x.pt", "--auto-steps", "8"], "--auto-steps must lie in 1 … 7, with 16 frames; got 8"),
         (["--encoder", "x.pt"], "no checkpoint at x.pt; make one with: python extras/vjepa_ac/pretrain.py"),
         (["--encoder", f"{out}/pretrain.pt", "--action-dim", "14"], "--action-dim must be one of 13, 36, 38, got 14"),
-        ([*again, "--n-updates", "30", "--resume", "--every", "9"], "cannot resume .*: every was 8, now it is 9"),
+        ([*again, "--n-updates", "20", "--resume", "--every", "9"], "cannot resume .*: every was 8, now it is 9"),
     ]:
         with pytest.raises((UserError, CheckpointError), match=message):
             train.main([*options, *argv])

@@ -19,8 +19,18 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from config import Parser, UserError, choose_device, print_user_errors  # noqa: E402
-from extras.vjepa_ac.model import MASKS, PATCH, SIZES, TUBELET, Encoder, MaskedPredictor  # noqa: E402
-from extras.vjepa_ac.model import block_masks, crowding, health, normalised  # noqa: E402
+from extras.vjepa_ac.model import (  # noqa: E402
+    MASKS,
+    PATCH,
+    SIZES,
+    TUBELET,
+    Encoder,
+    MaskedPredictor,
+    block_masks,
+    crowding,
+    health,
+    normalised,
+)
 from extras.vjepa_ac.vpt import Clips, ProcessVPT, batches, find_shards  # noqa: E402
 from models.checkpoint import load_checkpoint  # noqa: E402
 from models.distributed import n_ranks  # noqa: E402
