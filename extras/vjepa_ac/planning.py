@@ -54,7 +54,7 @@ def plan(predictor, process, features, state, past, goal, horizon, names=(), n=3
     return np.round(mouse[best[0]]), keys[best[0]]
 
 
-def success(encoder, predictor, process, trials=20, steps=3, place="my_way_home", tolerance=10.0, choose=plan):
+def success(encoder, predictor, process, trials=20, steps=3, place="my_way_home", tolerance=10.0):
     """Turn to a goal picture in `steps` actions. → {share of trials that end within `tolerance` degrees, mean error in degrees}, of the plan and of random turns.
 
     The goal: a random turn to one side, looked at from where it ended. Then the same beginning again, and the plan must find the way
@@ -92,14 +92,14 @@ def success(encoder, predictor, process, trials=20, steps=3, place="my_way_home"
         begin(trial)
         state = np.array([wrap(game.observe()[1]["yaw"]), game.observe()[1]["pitch"]])
         errors["standing still"].append(abs(wrap(game.observe()[1]["yaw"] - wanted)))
-        guesses = rng.choice([-1, 1]) * rng.uniform(4, 18, steps)  # drawn as the goal was
+        guesses = np.round(rng.choice([-1, 1]) * rng.uniform(4, 18, steps))  # drawn as the goal was
         errors["random turns"].append(abs(wrap(game.observe()[1]["yaw"] + DEGREES_PER_PIXEL * process.skip * guesses.sum() - wanted)))
         features, past, mouse, slot = [], [], still, game.observe()[1]["hotbar"]
         for step in range(steps + 1):
             features.append(execute(mouse))
             past.append(actions_of(np.asarray(mouse)[None], np.zeros((1, 0)), (), process, slot)[0])
             if step < steps:
-                mouse = choose(predictor, process, torch.cat(features, dim=1), state, np.stack(past), goal, steps - step, rng=rng)[0][0]
+                mouse = plan(predictor, process, torch.cat(features, dim=1), state, np.stack(past), goal, steps - step, rng=rng)[0][0]
         errors["plan"].append(abs(wrap(game.observe()[1]["yaw"] - wanted)))
     game.close()
     return {f"{name}/{what}": float(value) for name, values in errors.items()

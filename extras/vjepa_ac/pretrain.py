@@ -69,7 +69,8 @@ class Pretraining(nn.Module):
 
     @torch.no_grad()
     def follow(self, momentum):
-        torch._foreach_lerp_(list(self.target.parameters()), list(self.encoder.parameters()), 1 - momentum)
+        for slow, fast in zip(self.target.parameters(), self.encoder.parameters()):
+            slow.lerp_(fast, 1 - momentum)
 
 
 def parser_of(description):

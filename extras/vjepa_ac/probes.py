@@ -30,8 +30,7 @@ def inputs_of(encoder, tokenizer):
         codes = tokenizer._encode((frames / 127.5 - 1)[:, None])[:, 0]  # (B·T, N, 5), each frame alone
         return rearrange(codes, "(b t p) n d -> b t n (p d)", b=B, p=TUBELET)
 
-    kinds = {"V-JEPA features": encoder.each_tubelet, "raw pixels": pixels}
-    return {**kinds, "tokenizer codes": codes} if tokenizer else kinds
+    return {"V-JEPA features": encoder.each_tubelet, "raw pixels": pixels, "tokenizer codes": codes}
 
 
 class Probe(Transformer):

@@ -268,8 +268,8 @@ class Clips(torch.utils.data.IterableDataset):
     """The samples of many shards as a stream, for a DataLoader with any number of workers.
 
     every: ticks from the start of one clip to the next one's; buffer: clips that are mixed, 0 to read in order, from the first tick on, instead of
-    shards in random order and another beginning each epoch; epochs: how often, or None for ever. A sample has three entries more: `name` of its recording, `worker` and `position`, how many clips
-    that worker has passed. `passed`, {worker: position}, goes on from there.
+    shards in random order and another beginning each epoch; epochs: how often, or None for ever. A sample has three entries more: `name` of
+    its recording, `worker` and `position`, how many clips that worker has passed. `passed`, {worker: position}, goes on from there.
     """
 
     def __init__(self, shards, process, every=64, buffer=64, seed=0, epochs=None, max_problems=100, passed=None):
