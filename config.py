@@ -36,6 +36,7 @@ class Config:
     optimizer: str = "muon"  # muon: for the matrices of the blocks, AdamW for the rest; adamw: for all (the article)
     learning_rate: float = 4e-3  # peak; 50 steps of warm-up, then linear decay to a twentieth
     grad_clip: float = 1.0  # largest gradient norm
+    max_skipped: int = 20  # steps in a row without a finite loss and gradient; then training stops
     embed_dim: int = 128  # width of the transformer
     hidden_dim: int = 512  # width of its feed-forward layers
     n_heads: int = 4  # attention heads
@@ -219,7 +220,7 @@ def check(cfg):
     budgets = [name for name in BUDGETS if getattr(cfg, name)]
     need(len(budgets) == 1, f"give exactly one of --n-updates, --num-epochs and --minutes, not {' and '.join(budgets) or 'none'}")
     for name in (*budgets, "batch_size", "accumulate", "patch_size", "embed_dim", "hidden_dim", "n_heads", "n_blocks", "learning_rate",
-                 "grad_clip", "sample_every", "save_every", "frame_size"):  # fmt: skip
+                 "grad_clip", "max_skipped", "sample_every", "save_every", "frame_size"):  # fmt: skip
         need(getattr(cfg, name, 1) > 0, f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name, 1)}")
     need(cfg.seed >= 0, f"--seed must not be negative, got {cfg.seed}")
     need(cfg.out, "say where the world is to be saved, for example --out checkpoints/pong")

@@ -9,7 +9,9 @@ The form: `frames` uint8 (N, H, W, 3) RGB; optional `actions` int64 (N,), action
 optional `episode_starts` int64; attributes fps, game, action_names.
 """
 import json
+import math
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ import cv2  # noqa: E402
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".gif"}
 IN_MEMORY = 2 << 30  # bytes; a larger dataset is read clip by clip from disk
+BOMB = 2000  # times that frames may unpack to; game footage shrinks tenfold, a black film a few hundred times
+MOST_ACTIONS, LARGEST_SIDE, LARGEST_CHUNK = 1024, 8192, 1 << 28
 
 
 @contextmanager
@@ -48,13 +52,13 @@ class DatasetWriter:
     def __init__(self, path, frame_size, with_actions=False, **attributes):
         self.path = Path(path)
         self.part = self.path.with_name(self.path.name + ".part")
-        if self.path.is_dir():
-            raise UserError(f"cannot write {self.path}: it is a folder; give the name of an HDF5 file")
         try:
+            if self.path.is_dir():
+                raise UserError(f"cannot write {self.path}: it is a folder; give the name of an HDF5 file")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = h5py.File(self.part, "w")
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}; choose a place that is writable") from None
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}; choose a place and a name that can be written") from None
         shape = (*frame_size, 3)
         # 16 frames a chunk: a clip touches one or two; lzf shrinks game footage about tenfold and unpacks faster than disks read
         self.frames = self.file.create_dataset(
@@ -112,10 +116,23 @@ def read_video(path, frame_size):
         raise ValueError(f"it ends after {n} of {expected:.0f} frames")
 
 
+def check_disk(videos, out, frame_size):
+    """Print how much disk the converted videos can take and how much is free. Raises UserError if that is less."""
+    n = 0
+    for video in videos:
+        capture = cv2.VideoCapture(str(video))
+        n += min(max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))), video.stat().st_size)  # a header can say anything
+        capture.release()
+    needed, free = n * frame_size[0] * frame_size[1] * 3, shutil.disk_usage(out.parent).free
+    print(f"disk: {n:,} frames of {frame_size[0]}×{frame_size[1]} take at most {needed / 2**20:,.1f} MB, mostly a tenth of that; {free / 2**20:,.1f} MB are free")
+    if needed > free:
+        raise UserError(f"{out} may need {needed / 2**20:,.1f} MB, but {free / 2**20:,.1f} MB are free; make room, or take fewer videos or a smaller --frame-size")
+
+
 def convert_videos(videos, out, frame_size):
     """Videos → one HDF5 file; each video is an episode. A broken one is skipped with a line. Returns `out`."""
     stamp = json.dumps([frame_size, [(v.name, v.stat().st_size, v.stat().st_mtime_ns) for v in videos]])
-    if out.exists() and h5py.is_hdf5(out):
+    if h5py.is_hdf5(out):
         with h5py.File(out, "r") as file:
             if file.attrs.get("source") == stamp:
                 return out
@@ -123,6 +140,7 @@ def convert_videos(videos, out, frame_size):
     fps = capture.get(cv2.CAP_PROP_FPS)
     fps = fps if 1 <= fps <= 60 else 15.0  # what a header says can be anything
     capture.release()
+    check_disk(videos, out, frame_size)
     with DatasetWriter(out, frame_size, fps=fps, game=out.stem, source=stamp) as writer:
         for video in tqdm(videos, desc="reading videos", unit="video", disable=None):
             start, block = len(writer), []
@@ -200,22 +218,57 @@ def open_footage(cfg) -> Footage:
         file = h5py.File(path, "r")
     except OSError:
         raise UserError(f"{path} is neither a video ({suffixes}) nor a readable HDF5 file; convert it to one of them") from None
-    frames, actions = file.get("frames"), file.get("actions")
-    if not isinstance(frames, h5py.Dataset) or frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-        found = f"{frames.dtype} {frames.shape}" if isinstance(frames, h5py.Dataset) else f"only {sorted(file)}"
+    frames, actions, starts = (member(file, name, path) for name in ("frames", "actions", "episode_starts"))
+    if frames is None or frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        found = f"{frames.dtype} {frames.shape}" if frames else f"only {sorted(file)[:10]}"
         raise UserError(f"{path} must hold a dataset `frames`, uint8 (N, H, W, 3), but has {found}; store RGB frames so")
-    if actions is not None and actions.shape != frames.shape[:1]:
-        raise UserError(f"{path} has {actions.shape} actions for {len(frames)} frames; store one per frame, or none")
-    if actions is not None and len(actions) and actions[:].min() < 0:
-        raise UserError(f"{path} has an action {actions[:].min()}; number the actions from 0")
-    return Footage(
-        frames[:] if frames.size <= IN_MEMORY else frames,
-        None if actions is None else actions[:].astype(np.int64),
-        file["episode_starts"][:] if "episode_starts" in file else (),
-        tuple(str(name) for name in file.attrs.get("action_names", ())),
-        float(file.attrs.get("fps", 15.0)) or 15.0,
-        str(path),
-    )
+    if not 1 <= min(frames.shape) <= max(frames.shape[1:3]) <= LARGEST_SIDE:
+        raise UserError(f"{path} has frames of the shape {frames.shape}; each side must have 1 … {LARGEST_SIDE:,} pixels, and there must be some")
+    if actions is not None and (actions.shape != frames.shape[:1] or actions.dtype.kind not in "iu"):
+        raise UserError(f"{path} has {actions.dtype} {actions.shape} actions for {len(frames)} frames; store one whole number per frame, or none")
+    if starts is not None and (starts.ndim != 1 or starts.dtype.kind not in "iu"):
+        raise UserError(f"{path} has {starts.dtype} {starts.shape} episode_starts; store a list of frame numbers, or none")
+    try:
+        if actions is not None and not 0 <= actions[:].min() <= actions[:].max() < MOST_ACTIONS:
+            raise UserError(f"{path} has an action {wrong(actions[:])}; number the actions from 0, up to {MOST_ACTIONS - 1:,}")
+        return Footage(
+            frames[:] if frames.size <= IN_MEMORY else frames,
+            None if actions is None else actions[:].astype(np.int64),
+            () if starts is None else starts[:].astype(np.int64),
+            attribute(file, "action_names", lambda names: tuple(str(name) for name in np.atleast_1d(names)[:MOST_ACTIONS]), ()),
+            attribute(file, "fps", lambda fps: float(fps) if 0 < float(fps) <= 1000 else 15.0, 15.0),
+            str(path),
+        )
+    except OSError:
+        raise UserError(f"{path} is damaged: not all of it can be read; make it again") from None
+
+
+def member(file, name, path):
+    """The dataset `name` of an HDF5 file, or None. Raises UserError where it lies in another file, or would unpack to far more than is stored."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink | None):
+        raise UserError(f"{path}: `{name}` is a link to elsewhere; store the data itself")
+    found = file.get(name)
+    if not isinstance(found, h5py.Dataset):
+        return None
+    if found.external or found.is_virtual:
+        raise UserError(f"{path}: `{name}` takes its data from another file; store them here")
+    chunk = math.prod(found.chunks or (0,)) * found.dtype.itemsize  # is unpacked whole
+    claimed = max(found.nbytes, chunk) if found.size else 0
+    if claimed > BOMB * max(1, found.id.get_storage_size()) or chunk > LARGEST_CHUNK:
+        raise UserError(f"{path}: `{name}` would unpack to {claimed:,} bytes, but {found.id.get_storage_size():,} are stored; it is refused")
+    return found
+
+
+def wrong(actions):
+    return actions.min() if actions.min() < 0 else actions.max()
+
+
+def attribute(file, name, read, default):
+    """read(an attribute of the file), or the default where there is none or it is something else."""
+    try:
+        return read(file.attrs[name]) if name in file.attrs else default
+    except (OSError, TypeError, ValueError, OverflowError):
+        return default
 
 
 def n_buttons(footage):
@@ -225,7 +278,8 @@ def n_buttons(footage):
 
 # --- reading -----------------------------------------------------------------------------------------------------
 class Batches:
-    """Random batches of whatever has a length and a `pick` by numbers. A thread prepares them one step ahead."""
+    """Random batches of whatever has `starts`, where in the footage each clip begins, and a `pick` by their numbers. A thread prepares them one
+    step ahead."""
 
     def __init__(self, batch_size, seed):
         self.batch_size, self.seed, self.pool, self.ahead = batch_size, seed, ThreadPoolExecutor(1), {}
@@ -237,9 +291,19 @@ class Batches:
         self.ahead = {following: ahead[following]}
         return ahead[now].result()
 
+    def __len__(self):
+        return len(self.starts)
+
+    def _chosen(self, step, size):
+        return np.random.default_rng([self.seed, step]).choice(len(self), size * n_ranks())
+
+    def first_frames(self, step, accumulate=1):
+        """Where in the footage the clips begin that all processes see in training step `step`."""
+        parts = range(step * accumulate, (step + 1) * accumulate)
+        return np.concatenate([self.starts[self._chosen(part, self.batch_size)] for part in parts])
+
     def _draw(self, step, size):
-        chosen = np.random.default_rng([self.seed, step]).choice(len(self), size * n_ranks())
-        batch = self.pick(chosen[rank() * size : (rank() + 1) * size])
+        batch = self.pick(self._chosen(step, size)[rank() * size : (rank() + 1) * size])
         return tuple(x.pin_memory() if x is not None and torch.cuda.is_available() else x for x in batch)
 
 
@@ -263,9 +327,6 @@ class Clips(Batches):
             )
         self.end_to_end = np.concatenate([np.arange(a, b - length + 1, length) for a, b in spans]).astype(int)
         self.n_frames = high - low
-
-    def __len__(self):
-        return len(self.starts)
 
     def pick(self, numbers):
         return self.at(self.starts[numbers])
@@ -298,7 +359,7 @@ class TokenClips(Batches):
 
     def __init__(self, clips, label, weights):
         super().__init__(clips.batch_size, clips.seed)
-        self.clips, self.n_frames, source = clips, clips.n_frames, Path(clips.footage.name)
+        self.clips, self.starts, self.n_frames, source = clips, clips.end_to_end, clips.n_frames, Path(clips.footage.name)
         stat = source.stat() if source.is_file() else None  # the dummy world is no file: nothing is kept
         path = source.with_suffix(f".{clips.part}.tokens.h5") if stat else None
         key = json.dumps([weights, clips.length, len(clips.end_to_end), stat and (stat.st_size, stat.st_mtime_ns)])
@@ -332,9 +393,6 @@ class TokenClips(Batches):
             os.replace(part, path)
         except OSError:  # no place to keep it; it stays in memory
             part.unlink(missing_ok=True)
-
-    def __len__(self):
-        return len(self.tokens)
 
     def pick(self, numbers):
         return tuple(torch.from_numpy(x[numbers].astype("int64")) for x in (self.tokens, self.actions))

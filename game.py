@@ -91,14 +91,14 @@ def read_run(path, world):
         run = json.loads(Path(path).read_text(encoding="utf-8"))
         shape, actions, seed, steps, threads = run["shape"], run["actions"], run["seed"], run["steps"], run.get("threads", 1)
         clip = np.frombuffer(base64.b64decode(run["clip"], validate=True), dtype=np.uint8).reshape(shape)
-        numbers = all(type(n) is int and 0 <= n < 2**31 for n in [seed, steps, threads, *actions])
+        numbers = all(type(n) is int and 0 <= n < 2**31 for n in [seed, steps, threads, *actions, *shape])
         sound = run["what"] == "nanoworld run" and isinstance(actions, list) and len(shape) == 4 and 0 not in shape
-        if not (sound and numbers and steps and 1 <= threads <= 1024 and 0 <= run["temperature"] < float("inf")):
+        if not (sound and numbers and 1 <= steps <= 1000 and 1 <= threads <= 1024 and 0 <= run["temperature"] < float("inf")):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, binascii.Error, RecursionError):
         raise UserError(f"{path} is not a run that this project saved; save one with --save run.json or on the page") from None
     if run["world"] != world.identity:
-        raise UserError(f"{path} was played in world {run['world']}, this is {world.identity}; name its folder with --checkpoint")
+        raise UserError(f"{path} was played in world {str(run['world'])[:40]!r}, this is {world.identity!r}; name its folder with --checkpoint")
     if shape[1:] != [*world.frame_size, 3] or max(actions, default=0) >= world.n_actions:
         raise UserError(f"{path} has frames or actions that this world does not know")
     world = copy.copy(world)

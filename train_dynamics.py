@@ -25,7 +25,7 @@ from models.distributed import rand
 from models.dynamics import DynamicsModel
 from models.world_model import WorldModel
 from pictures import grid
-from train_utils import Run, make_optimizer, open_clips, plan, rate_at, set_up, validation_logs, wrap
+from train_utils import Run, check_memory, make_model, make_optimizer, open_clips, plan, rate_at, set_up, validation_logs, wrap
 
 
 def load_frozen(cfg, clips, device):
@@ -36,6 +36,7 @@ def load_frozen(cfg, clips, device):
     elif clips.footage.actions is None:
         raise UserError(f"--actions true, but {cfg.data_path} has no recorded actions; leave it out to use latent ones")
     saved = {stage: load_checkpoint(path, stage) for stage, path in files.items()}
+    models = {stage: build_model(checkpoint, files[stage]).to(device) for stage, checkpoint in saved.items()}
     check_fit(saved["tokenizer"], saved.get("lam"))
     for stage in saved:
         home = Path(cfg.out) / f"{stage}.pt"
@@ -50,7 +51,6 @@ def load_frozen(cfg, clips, device):
     (H, W), P = sizes["frame_size"], sizes["patch_size"]
     n_actions = saved["lam"]["model_args"]["n_actions"] if "lam" in saved else n_buttons(clips.footage)
     model_sizes = dict(grid=[H // P, W // P], levels=sizes["levels"], n_actions=n_actions)
-    models = {stage: build_model(checkpoint, files[stage]).to(device) for stage, checkpoint in saved.items()}
     return models["tokenizer"], models.get("lam"), model_sizes, list(saved.values())
 
 
@@ -95,7 +95,7 @@ def main(argv=None):
         context_length=cfg.context_length, objective=cfg.objective,
         clean_context=cfg.context == "clean", adaln=cfg.conditioning == "adaln", token_kernel=cfg.token_kernel,
     )  # fmt: skip
-    model = DynamicsModel(**model_args).to(device)
+    model = make_model(DynamicsModel, model_args, device)
     network = wrap(model, cfg)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {sizes['n_actions']} {cfg.actions} actions")
 
@@ -108,6 +108,7 @@ def main(argv=None):
         loss.backward()
         optimizer.zero_grad()
 
+    check_memory(cfg, model, train, trial)
     n_updates = plan(cfg, train, trial)
     val_batches = [batch_of(val, i) for i in range(4)]
 
@@ -139,7 +140,8 @@ def main(argv=None):
                 loss, logs = network(*batch_of(train, step * cfg.accumulate + part))
             (loss / cfg.accumulate).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
+        if run.sound(step, loss, norm, train):
+            optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1

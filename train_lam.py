@@ -19,7 +19,7 @@ from data_utils import open_footage, to_float, to_uint8
 from metrics import print_warnings
 from models.latent_action_model import LatentActionModel
 from pictures import grid
-from train_utils import Run, make_optimizer, open_clips, plan, rate_at, set_up, validation_logs, wrap
+from train_utils import Run, check_memory, make_model, make_optimizer, open_clips, plan, rate_at, set_up, validation_logs, wrap
 
 
 def main(argv=None):
@@ -42,7 +42,7 @@ def main(argv=None):
         unit_rms=cfg.latent_norm == "rms", soft_rate=cfg.soft_rate, entropy_lambda=cfg.entropy_lambda,
         var_target=cfg.var_target, var_lambda=cfg.var_lambda,
     )  # fmt: skip
-    model = LatentActionModel(**model_args).to(device)
+    model = make_model(LatentActionModel, model_args, device)
     network = wrap(model, cfg)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.n_actions} latent actions")
 
@@ -55,6 +55,7 @@ def main(argv=None):
         loss.backward()
         optimizer.zero_grad()
 
+    check_memory(cfg, model, train, trial)
     n_updates = plan(cfg, train, trial)
     val_batches = [batch_of(val, i) for i in range(4)]
 
@@ -74,7 +75,8 @@ def main(argv=None):
                 loss, logs = network(*batch_of(train, step * cfg.accumulate + part))
             (loss / cfg.accumulate).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
+        if run.sound(step, loss, norm, train):
+            optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1

@@ -17,7 +17,7 @@ from data_utils import open_footage, to_float, to_uint8
 from metrics import print_warnings
 from models.video_tokenizer import VideoTokenizer
 from pictures import grid
-from train_utils import Run, make_optimizer, open_clips, plan, rate_at, set_up, validation_logs, wrap
+from train_utils import Run, check_memory, make_model, make_optimizer, open_clips, plan, rate_at, set_up, validation_logs, wrap
 
 
 def main(argv=None):
@@ -37,7 +37,7 @@ def main(argv=None):
         frame_size=train.frame_size, patch_size=cfg.patch_size, embed_dim=cfg.embed_dim, hidden_dim=cfg.hidden_dim,
         n_heads=cfg.n_heads, n_blocks=cfg.n_blocks, levels=list(cfg.levels), context_length=cfg.context_length,
     )  # fmt: skip
-    model = VideoTokenizer(**model_args).to(device)
+    model = make_model(VideoTokenizer, model_args, device)
     network = wrap(model, cfg)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.quantizer.codebook_size:,} codes")
 
@@ -50,6 +50,7 @@ def main(argv=None):
         loss.backward()
         optimizer.zero_grad()
 
+    check_memory(cfg, model, train, trial)
     n_updates = plan(cfg, train, trial)
     val_batches = [batch_of(val, i) for i in range(4)]
 
@@ -69,7 +70,8 @@ def main(argv=None):
                 loss, logs = network(*batch_of(train, step * cfg.accumulate + part))
             (loss / cfg.accumulate).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
+        if run.sound(step, loss, norm, train):
+            optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from datetime import timedelta
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, make_folder
 from data_utils import Clips
-from models.checkpoint import load_checkpoint, save_checkpoint
+from models.checkpoint import CheckpointError, load_checkpoint, previous_of, read_checkpoint, save_checkpoint
 from models.distributed import mean_over_ranks, n_ranks, rank
 from models.st_transformer import SpatioTemporalTransformer
 from pictures import save_curves, save_png
@@ -83,15 +84,15 @@ def fast_dtype(device):
     """bfloat16 where a matrix product in it is clearly faster: any recent GPU, but only some CPUs (AVX512-BF16, AMX)."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype)
-        a @ a
-        began = time.perf_counter()
-        for _ in range(10):
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(8):  # by turns, and the best counts: on a busy machine, too, the answer is to be the same each time
+        for dtype, times in seconds.items():
+            a = torch.ones(512, 512, dtype=dtype)
             a @ a
-        seconds[dtype] = time.perf_counter() - began
-    return torch.bfloat16 if seconds[torch.bfloat16] < 0.67 * seconds[torch.float32] else torch.float32
+            began = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - began)
+    return torch.bfloat16 if min(seconds[torch.bfloat16]) < 0.67 * min(seconds[torch.float32]) else torch.float32
 
 
 def open_clips(footage, cfg):
@@ -104,6 +105,34 @@ def open_clips(footage, cfg):
         raise UserError(f"frames of {H}×{W} pixels do not divide into --patch-size {P}; use a divisor of both sides")
     print(f"data: {train.n_frames:,} frames of {H}×{W} to train on, {val.n_frames:,} to validate; {len(train.starts):,} clips")
     return train, val
+
+
+def free_memory(device):
+    """Bytes that can still be had: of the GPU, or what Linux and the container's limit say; None on other systems."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = 1024 * next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+        if limit.exists() and limit.read_text().strip() != "max":
+            free = min(free, int(limit.read_text()) - int(used.read_text()))
+        return free
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def gigabytes(n):
+    return "an unknown amount" if n is None else f"{n / 2**30:,.2f} GB"
+
+
+def make_model(kind, model_args, device):
+    """kind(**model_args) on the device. Raises UserError before memory is spent, if weights, gradients and two moments of them do not fit."""
+    with torch.device("meta"):
+        needed = 4 * sum(weight.nbytes for weight in kind(**model_args).parameters())
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise UserError(f"this model needs {gigabytes(needed)} for weights, gradients and optimizer, {gigabytes(free)} are free; take a smaller --embed-dim or --n-blocks")
+    return kind(**model_args).to(device)
 
 
 def wrap(model, cfg):
@@ -123,6 +152,39 @@ def wrap(model, cfg):
         device = next(model.parameters()).device
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
     return network
+
+
+def memory_of_a_pass(train, trial):
+    """→ (bytes, bytes per clip) that a pass keeps for the backward pass: from passes over one clip and over two."""
+    kept, size = [], train.batch_size
+
+    def keep(x):
+        kept[-1][x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    for train.batch_size in (1, 2):
+        kept.append({})
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            trial()
+    train.batch_size = size
+    one, two = (sum(storages.values()) for storages in kept)
+    return 2 * one - two, two - one
+
+
+def check_memory(cfg, model, train, trial):
+    """Print what training needs and what is free. Raises UserError if that is less, naming the largest batch that fits."""
+    if cfg.compile or n_ranks() > 1:  # a single clip would be compiled for itself; processes share weights or memory in other ways
+        return
+    with torch.random.fork_rng():
+        fixed, clip = memory_of_a_pass(train, trial)
+    fixed += 3 * sum(weight.nbytes for weight in model.parameters())  # gradients and two moments; the weights are there already
+    clip = 3 * clip // 2  # half as much again comes and goes
+    needed, free = fixed + clip * cfg.batch_size, free_memory(torch.device(cfg.device))
+    print(f"memory: about {gigabytes(needed)} needed, {gigabytes(free)} free")
+    if free is not None and needed > free:
+        good = max(0, (free - fixed) // clip)
+        remedy = f"{good} should fit; --accumulate makes up for it" if good else "take a smaller one, or a smaller model"
+        raise UserError(f"--batch-size {cfg.batch_size} needs about {gigabytes(needed)} of memory, {gigabytes(free)} are free; {remedy}")
 
 
 def plan(cfg, train, trial):
@@ -151,7 +213,9 @@ def plan(cfg, train, trial):
             seconds.append(time.perf_counter() - began)
     typical = sorted(seconds[16:])[8] * cfg.accumulate  # the first dozen can be twice as slow: memory is new
     typical = float(mean_over_ranks(torch.tensor(typical, device=cfg.device)))
-    return max(1, int(60 * cfg.minutes / (1.1 * typical)))  # a tenth for optimizer, validation and pictures
+    n_updates = max(1, int(60 * cfg.minutes / (1.1 * typical)))  # a tenth for optimizer, validation and pictures
+    print(f"{cfg.minutes:g} minutes are {n_updates:,} updates here; --n-updates {n_updates} is the same training again")
+    return n_updates
 
 
 def fits(trial):
@@ -217,6 +281,8 @@ class Optimizers:
         for optimizer, state in zip(self.optimizers, states if isinstance(states, list) else [states], strict=True):
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             for i, values in state["state"].items():
+                if any(v.ndim and v.shape != weights[i].shape for v in values.values()):
+                    raise ValueError("the optimizer's moments have other shapes than the weights")
                 state["state"][i] = {k: part_of(v, weights[i]) if v.shape == weights[i].shape else v for k, v in values.items()}
             optimizer.load_state_dict(state)
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -244,12 +310,13 @@ def validation_logs(model, batches):
 
 
 class Run:
-    """The output of one stage: the checkpoint out/stage.pt; metrics.jsonl, curves and pictures in out/stage/."""
+    """The output of one stage: out/stage.pt, stage.previous.pt and stage.best.pt; metrics.jsonl, curves and pictures in out/stage/."""
 
     def __init__(self, cfg, stage):
         self.cfg, self.stage = cfg, stage
         self.folder, self.path = Path(cfg.out) / stage, Path(cfg.out) / f"{stage}.pt"
-        self.interrupted, self.lines, self.first = False, [], rank() == 0
+        self.best_path, self.best, self.saved = self.path.with_suffix(".best.pt"), math.inf, None  # the step that was saved last
+        self.interrupted, self.lines, self.odd, self.skipped, self.first = False, [], [], 0, rank() == 0
         dummy = cfg.use_dummy_data or cfg.data_type == "dummy"
         self.data_option = "--use-dummy-data" if dummy else f"--data-path {cfg.data_path}"  # for the next command
 
@@ -266,36 +333,53 @@ class Run:
                 for name, value in now.items():
                     was = saved[kind].get(name)
                     if was != value:
-                        raise UserError(f"cannot resume {self.path}: {name} was {was}, now it is {value}; leave out --resume")
+                        raise UserError(f"cannot resume {self.path}: {name} was {was}, now it is {value}; set it as it was, or leave out --resume")
             planned = saved["n_updates"]
             if self.cfg.n_updates not in (0, planned):
                 raise UserError(f"cannot resume {self.path}: it was planned for {planned} updates, not {self.cfg.n_updates}; use that")
             if "optimizer" not in saved:
                 raise UserError(f"cannot resume {self.path}: a shipped world has no optimizer state; train into another --out")
             own = model.state_dict()
-            model.load_state_dict({name: part_of(weight, own[name]) for name, weight in saved["model"].items()})
-            optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"]["cpu"])
-            if saved["rng"]["cuda"] is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(saved["rng"]["cuda"])
-            step, n_updates = saved["step"], planned
-            print(f"resuming {self.path} at step {step:,} of {n_updates:,}")
+            try:
+                model.load_state_dict({name: part_of(weight, own[name]) for name, weight in saved["model"].items()})
+                optimizer.load_state_dict(saved["optimizer"])
+                torch.set_rng_state(saved["rng"]["cpu"])
+                if saved["rng"]["cuda"] is not None and torch.cuda.is_available():
+                    torch.cuda.set_rng_state(saved["rng"]["cuda"])
+            except Exception as error:  # whatever a foreign file may hold
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                raise CheckpointError(f"cannot resume {self.path}: what is saved does not fit ({reason}); train it again") from None
+            step, n_updates, self.saved = saved["step"], planned, saved["step"]
+            was, now = saved["config"].get("dtype"), getattr(self.cfg, "dtype", None)
+            print(f"resuming {self.path} at step {step:,} of {n_updates:,}" + f", in {now} instead of {was}" * (was != now))
+            try:
+                self.best = read_checkpoint(self.best_path)["metrics"].get("val_loss", math.inf)
+            except CheckpointError:  # there is none, or it is damaged
+                pass
         if self.first:
             make_folder(self.folder)
             for picture in () if step else self.folder.glob("step_*.png"):  # of an earlier training
                 picture.unlink()
-            log = self.folder / "metrics.jsonl"
-            if step and log.exists():
-                lines = map(json.loads, (line for line in log.read_text().splitlines() if line.endswith("}")))
-                self.lines = [line for line in lines if line["step"] <= step]
-            log.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            self.lines, self.odd = (self.keep_lines(name, step) for name in ("metrics.jsonl", "odd_batches.jsonl"))
         for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave; a second signal stops at once
             signal.signal(number, self.interrupt)
         return step, n_updates
 
+    def keep_lines(self, name, step):
+        """The lines of an earlier run's log up to `step`; the others go."""
+        log, lines = self.folder / name, []
+        if step and log.exists():
+            lines = map(json.loads, (line for line in log.read_text().splitlines() if line.endswith("}")))
+            lines = [line for line in lines if line["step"] <= step]
+        part = log.with_name(name + ".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(part, log)
+        return lines
+
     def interrupt(self, number, frame):
         self.interrupted = True
-        signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
     def stopped(self, done):
         """Has somebody asked to stop? Several processes agree on it every ten steps."""
@@ -303,10 +387,33 @@ class Run:
             return self.interrupted and n_ranks() == 1
         return float(mean_over_ranks(torch.tensor(float(self.interrupted), device=self.cfg.device))) > 0
 
+    def sound(self, step, loss, norm, train=None):
+        """May this step be taken? Not if its loss or gradient is no finite number.
+
+        Such a batch, and one whose loss is more than twice the usual, goes to odd_batches.jsonl, with the numbers of the frames
+        in the footage at which its clips begin. Raises UserError after --max-skipped such steps in a row.
+        """
+        loss, norm = mean_over_ranks(torch.stack([loss.detach().float(), whole(norm.detach()).float()])).tolist()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        usual = [line["loss"] for line in self.lines[-40:] if "loss" in line][-20:]
+        if not finite or len(usual) == 20 and loss > 2 * statistics.median(usual) > 0:
+            where = train.first_frames(step, self.cfg.accumulate).tolist() if train else []
+            line = dict(step=step + 1, loss=loss if finite else str(loss), grad_norm=norm if finite else str(norm), skipped=not finite, first_frames=where)
+            self.odd.append(line)
+            if self.first:
+                with open(self.folder / "odd_batches.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped == getattr(self.cfg, "max_skipped", 20):
+            good = f"the last good checkpoint is {self.path}, step {self.saved:,}" if self.saved else "nothing was saved yet"
+            raise UserError(f"loss or gradient was no finite number {self.skipped} steps in a row, up to step {step + 1:,}; {good}; "
+                            f"look at {self.folder / 'odd_batches.jsonl'}, and try a smaller --learning-rate or --dtype float32")  # fmt: skip
+        return finite
+
     def log(self, step, **values):
         """Write a line of numbers, each the mean over processes."""
         numbers = torch.tensor([float(whole(value)) for value in values.values()], device=self.cfg.device)
-        line = {"step": step, **{name: round(value, 6) for name, value in zip(values, mean_over_ranks(numbers).tolist())}}
+        line = {"step": step, **{name: round(value, 6) for name, value in zip(values, mean_over_ranks(numbers).tolist()) if math.isfinite(value)}}
         self.lines.append(line)
         if self.first:
             with open(self.folder / "metrics.jsonl", "a") as file:
@@ -320,18 +427,28 @@ class Run:
         save_curves(self.lines, self.folder / "loss.png")
 
     def save(self, model, optimizer, step, n_updates, **more):
+        """The checkpoint; the one before stays beside it, and the best: of those saved right after a validation, the one with the least val_loss."""
         rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
         config = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self.cfg).items()}
         metrics = self.lines[-1] if self.lines else {}
         checkpoint = dict(stage=self.stage, config=config, model=whole(model.state_dict()), optimizer=optimizer.state_dict(),
                           step=step, n_updates=n_updates, rng=rng, metrics=metrics, **more)  # fmt: skip
         if self.first:
-            save_checkpoint(self.path, checkpoint)
+            save_checkpoint(self.path, checkpoint, keep_previous=self.saved is not None)
+            if self.saved is None:  # an earlier training's
+                for old in (previous_of(self.path), self.best_path):
+                    old.unlink(missing_ok=True)
+            if metrics.get("step") == step and metrics.get("val_loss", math.inf) < self.best:
+                self.best = metrics["val_loss"]
+                save_checkpoint(self.best_path, checkpoint)
             self.curves()
+        self.saved = step
         if n_ranks() > 1:
             dist.barrier()  # what one has saved, the others may read
 
     def finish(self, done, n_updates, next_command):
         """Say what there is now and what to type next."""
         print(f"{self.path} ({os.path.getsize(self.path) / 2**20:.1f} MB), step {done:,} of {n_updates:,}; pictures in {self.folder}")
+        if skipped := sum(line["skipped"] for line in self.odd):
+            print(f"{skipped} steps were skipped, since loss or gradient was no finite number; see {self.folder / 'odd_batches.jsonl'}")
         print("stopped; the same command with --resume goes on" if done < n_updates else f"next: {next_command}")

@@ -231,6 +231,7 @@ def main(argv=None):
     folder = path if path.is_dir() else path.parent
     world = WorldModel.load(folder, device, steps=args.steps, temperature=args.temperature) if "dynamics" in found else None
     loaded = {stage: load_checkpoint(folder / f"{stage}.pt", stage) for stage in found if stage != "dynamics"}
+    models = {stage: build_model(checkpoint, folder / f"{stage}.pt").to(device) for stage, checkpoint in loaded.items()}
     if "tokenizer" in loaded:
         check_fit(loaded["tokenizer"], loaded.get("lam"))
 
@@ -264,7 +265,7 @@ def main(argv=None):
     report, autocast = {}, autocast_on(device)
     for stage, checkpoint in loaded.items():
         sizes, clips = checkpoint["model_args"], clips_for[stage]
-        model = build_model(checkpoint, folder / f"{stage}.pt").to(device)
+        model = models[stage]
         with autocast():
             if stage == "tokenizer":
                 many = Clips(footage, "val", sizes["context_length"], val_fraction=1.0).spread(USAGE_FRAMES // sizes["context_length"])[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from models.checkpoint import CheckpointError, build_model, check_fit, fingerprint, load_checkpoint
+from models.untrusted import check_at_play
 
 
 def read_action_table(path, lam_fingerprint):
@@ -21,10 +22,11 @@ def read_action_table(path, lam_fingerprint):
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         rows = [row | {"label": str(row["label"])} for row in table["actions"]]
-        if not all(row["action"] == i and {"share", "direction", "moves"} <= set(row) for i, row in enumerate(rows)):
-            raise ValueError("a row is missing something")
+        kinds = dict(share=(int, float), direction=str, moves=str)
+        if not all(row["action"] == i and all(isinstance(row[name], kind) for name, kind in kinds.items()) for i, row in enumerate(rows)):
+            raise ValueError("a row is not as it was written")
         return rows if table["lam"] == lam_fingerprint else []
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path} is not an action table; mend it, or remove it to play with numbers alone") from None
 
 
@@ -41,7 +43,8 @@ class WorldModel:
         self.tokenizer, self.lam, self.dynamics = tokenizer, lam, dynamics
         self.start_frames, self.fps, self.steps, self.temperature = start_frames, fps, steps, temperature
         self.n_actions = dynamics.null_action
-        self.action_names = action_names or [str(i) for i in range(self.n_actions)]
+        names = ["".join(c if c.isprintable() else "?" for c in name) for name in action_names or []]  # some terminals obey what is not printed
+        self.action_names = names + [str(i) for i in range(len(names), self.n_actions)]
         self.action_table, self.identity = action_table, identity
         self.reach = max(len(stack.blocks) * (stack.context_length - 1) for stack in (tokenizer.decoder, dynamics.transformer))
         self.frame_size = list(tokenizer.frame_size)
@@ -61,11 +64,17 @@ class WorldModel:
         if not path.is_dir():
             raise CheckpointError(f"no world at {path}: it must be a folder with tokenizer.pt, lam.pt and dynamics.pt")
         dynamics = load_checkpoint(files["dynamics"], "dynamics")
-        stages = ["tokenizer"] + ["lam"] * ("lam" in dynamics["inputs"])
+        stages = ["tokenizer"] + ["lam"] * ("lam" in dynamics.get("inputs", {}))
         loaded = {stage: load_checkpoint(files[stage], stage) for stage in stages}
-        check_fit(loaded["tokenizer"], loaded.get("lam"), dynamics)
         models = {s: build_model(c, files[s]).to(device) for s, c in {**loaded, "dynamics": dynamics}.items()}
+        try:
+            check_at_play(dynamics, models["tokenizer"].frame_size)
+        except ValueError as error:
+            raise CheckpointError(f"{files['dynamics']} {error}; run train_dynamics.py again") from None
+        check_fit(loaded["tokenizer"], loaded.get("lam"), dynamics)
         table = read_action_table(path / "actions.json", fingerprint(loaded["lam"])) if "lam" in loaded else []
+        if table and len(table) != models["dynamics"].null_action:
+            raise CheckpointError(f"{path / 'actions.json'} names {len(table)} actions of {models['dynamics'].null_action}; mend it, or remove it to play with numbers alone")
         names = [row["label"] for row in table] or dynamics["action_names"]
         trained = {name: dynamics["config"][name] for name in ("steps", "temperature")}
         return cls(

@@ -18,7 +18,7 @@ from config import Parser, UserError, choose_device, print_user_errors  # noqa: 
 from extras.flow_inverse_dynamics.create_dataset import read_arrays, triplets_path  # noqa: E402
 from extras.flow_inverse_dynamics.model import FlowInverseDynamics  # noqa: E402
 from extras.flow_inverse_dynamics.pendulum import Sequences, read_config  # noqa: E402
-from models.checkpoint import CheckpointError, load_checkpoint  # noqa: E402
+from models.checkpoint import CheckpointError, load_checkpoint, rebuild  # noqa: E402
 from train_utils import Run, make_optimizer, rate_at  # noqa: E402
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -46,12 +46,11 @@ def load_flow(path, state_dim=None, action_dim=None, device="cpu"):
     """The trained model of a checkpoint. Raises CheckpointError where it is for other dimensions."""
     saved = load_checkpoint(path, STAGE)
     sizes = saved["model_args"]
+    model = rebuild(lambda: FlowInverseDynamics(**sizes), saved, path)
     for name, found in (("state_dim", state_dim), ("action_dim", action_dim)):
         if found is not None and sizes[name] != found:
             raise CheckpointError(f"{path} is for {name} {sizes[name]}, but the data have {found}; train one for them")
-    model = FlowInverseDynamics(**sizes)
-    model.load_state_dict(saved["model"])
-    return model.to(device).eval()
+    return model.to(device)
 
 
 def batches(n, batch_size, epoch, seed):
@@ -126,7 +125,8 @@ def main(argv=None):
             loss = model(s[rows], pairs[0][rows], s_next[rows], noise=pairs[1][rows])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        if run.sound(step, loss, norm):
+            optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1

@@ -189,7 +189,8 @@ def main(argv=None):
             loss, targets = network(video)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        if run.sound(step, loss, norm):
+            optimizer.step()
         optimizer.zero_grad()
         model.follow(cfg.ema)
 

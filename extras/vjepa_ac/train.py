@@ -19,7 +19,7 @@ from config import UserError, print_user_errors  # noqa: E402
 from extras.vjepa_ac.model import SIZES, TUBELET, ActionPredictor, Encoder, load_encoder, losses  # noqa: E402
 from extras.vjepa_ac.pretrain import Pretraining, Stream, parse, parser_of, reading  # noqa: E402
 from extras.vjepa_ac.vpt import Problems, ProcessVPT, find_shards, statistics  # noqa: E402
-from models.checkpoint import CheckpointError, load_checkpoint  # noqa: E402
+from models.checkpoint import CheckpointError, load_checkpoint, rebuild  # noqa: E402
 from train_utils import Run, make_optimizer, rate_at, set_up, wrap  # noqa: E402
 
 STAGE = "action_predictor"
@@ -44,9 +44,7 @@ def pretrained(path):
     if not Path(path).is_file():
         raise CheckpointError(f"no checkpoint at {path}; make one with: python extras/vjepa_ac/pretrain.py")
     saved = load_checkpoint(path, "pretrain")
-    model = Pretraining(**saved["model_args"])
-    model.load_state_dict(saved["model"])
-    return model.target
+    return rebuild(lambda: Pretraining(**saved["model_args"]), saved, path).target
 
 
 def load_model(path, device="cpu"):
@@ -55,12 +53,7 @@ def load_model(path, device="cpu"):
         raise CheckpointError(f"no checkpoint at {path}; make one with: python extras/vjepa_ac/train.py")
     saved = load_checkpoint(path, STAGE)
     sizes = saved["model_args"]
-    model = ActionTraining(Encoder(**sizes["encoder"]), ActionPredictor(**sizes["predictor"]), 1, 1)
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {path} do not fit the sizes saved with them ({str(error).splitlines()[0]}); train it again") from None
-    model.to(device).eval()
+    model = rebuild(lambda: ActionTraining(Encoder(**sizes["encoder"]), ActionPredictor(**sizes["predictor"]), 1, 1), saved, path).to(device)
     return model.encoder, model.predictor, ProcessVPT(**saved["process"])
 
 
@@ -118,7 +111,8 @@ def main(argv=None):
             forced, rolled, copy = network(*batch)
         (forced + rolled).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.predictor.parameters(), 1.0)
-        optimizer.step()
+        if run.sound(step, forced + rolled, norm):
+            optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
