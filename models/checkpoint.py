@@ -35,12 +35,12 @@ def previous_of(path):
 
 
 def save_checkpoint(path, checkpoint: dict, keep_previous=False):
-    """Write to a temporary file, flush to disk, rename: at every moment `path` is absent, old or new, never half.
+    """Write to a temporary file, flush to disk, rename: at every moment `path` is old or new, never half, and never gone.
 
     keep_previous: what was at `path` stays as previous_of(path). Raises CheckpointError where it cannot be written; then nothing has changed.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part, spare = path.with_name(path.name + ".part"), previous_of(path).with_suffix(".part")
     content = io.BytesIO()
     torch.save(checkpoint, content)
     content.write(MARK + hashlib.sha256(content.getbuffer()).digest())
@@ -50,7 +50,12 @@ def save_checkpoint(path, checkpoint: dict, keep_previous=False):
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and is_whole(path):
-            os.replace(path, previous_of(path))
+            spare.unlink(missing_ok=True)
+            try:
+                os.link(path, spare)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, spare)
+            os.replace(spare, previous_of(path))
         os.replace(part, path)
         if hasattr(os, "O_DIRECTORY"):  # the new names must reach the disk, too
             folder = os.open(path.parent, os.O_DIRECTORY)
@@ -60,7 +65,8 @@ def save_checkpoint(path, checkpoint: dict, keep_previous=False):
         needed, free = content.tell() / 2**20, shutil.disk_usage(path.parent).free / 2**20
         raise CheckpointError(f"cannot save {path} ({error.strerror}): it needs {needed:,.1f} MB, {free:,.1f} MB are free; what was saved before is still there") from None
     finally:
-        part.unlink(missing_ok=True)
+        for leftover in (part, spare):
+            leftover.unlink(missing_ok=True)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import ablate  # noqa: E402
 import ship  # noqa: E402
 
 
+@pytest.mark.slow
 def test_every_kind_of_row_trains_and_lands_in_the_table(world_dir, recording, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "LAM_ROWS", {"token target": ([], ablate.TokenTarget), "warm-up": ([], ablate.WarmUp)})
     rows = {"adamw": (["--optimizer", "adamw"], None), "dice": (["--actions", "random"], None), "true": (["--actions", "true"], None)}

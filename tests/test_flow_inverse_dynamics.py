@@ -102,6 +102,7 @@ def test_samples_follow_a_known_distribution():
     assert abs(float((drawn > 0.4).float().mean()) - 0.5) < 0.1
 
 
+@pytest.mark.slow
 def test_from_sequences_to_a_trained_flow_and_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("pendulum", "two_branch"):

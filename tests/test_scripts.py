@@ -68,27 +68,6 @@ def weights(folder, stage="lam"):
     return load_checkpoint(Path(folder) / f"{stage}.pt", stage)
 
 
-def test_resuming_equals_never_having_stopped(tmp_path, monkeypatch):
-    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
-    train_lam.main([*TINY, "--out", whole, "--n-updates", "12", "--save-every", "6"])
-    rate_at = train_lam.rate_at
-
-    def stop_after_six(step, *args):
-        if step == 6:
-            raise KeyboardInterrupt  # the machine goes down in step 7
-        return rate_at(step, *args)
-
-    monkeypatch.setattr(train_lam, "rate_at", stop_after_six)
-    with pytest.raises(KeyboardInterrupt):
-        train_lam.main([*TINY, "--out", parts, "--n-updates", "12", "--save-every", "6"])
-    monkeypatch.setattr(train_lam, "rate_at", rate_at)
-    assert weights(parts)["step"] == 6
-    train_lam.main([*TINY, "--out", parts, "--n-updates", "12", "--save-every", "6", "--resume"])
-    one, two = weights(whole), weights(parts)
-    assert one["step"] == two["step"] == 12
-    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
-
-
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path):
     command = [sys.executable, "train_tokenizer.py", *TINY, "--out", str(tmp_path), "--n-updates", "100000"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

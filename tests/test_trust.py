@@ -7,25 +7,30 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import saved
-from test_data_utils import film, options, write_video
 
-import data_utils
-import train_dynamics
-import train_lam
-import train_tokenizer
-import train_utils
-from config import UserError
-from data_utils import Clips, Footage, dummy_world, open_footage
-from models.checkpoint import CheckpointError, load_checkpoint, previous_of, save_checkpoint
-from models.latent_action_model import LatentActionModel
-from train_utils import Run
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # torchrun starts this file, too
+
+from test_checkpoint import saved  # noqa: E402
+from test_data_utils import film, options, write_video  # noqa: E402
+from test_distributed import torchrun  # noqa: E402
+
+import data_utils  # noqa: E402
+import train_dynamics  # noqa: E402
+import train_lam  # noqa: E402
+import train_tokenizer  # noqa: E402
+import train_utils  # noqa: E402
+from config import UserError  # noqa: E402
+from data_utils import Clips, Footage, dummy_world, open_footage  # noqa: E402
+from models.checkpoint import CheckpointError, load_checkpoint, previous_of, save_checkpoint  # noqa: E402
+from models.latent_action_model import LatentActionModel  # noqa: E402
+from train_utils import Run  # noqa: E402
 
 SCRIPTS = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}
 KILLS = int(os.environ.get("TRUST_KILLS", 200))
@@ -74,17 +79,33 @@ def assert_the_same_training(one, two, stage):
     assert all((Path(one) / stage / name).read_text() == (Path(two) / stage / name).read_text() for name in ("metrics.jsonl", "odd_batches.jsonl"))
 
 
-@pytest.mark.parametrize("stage", SCRIPTS)
-def test_the_same_command_gives_the_same_bits_with_and_without_a_power_cut(recording, tmp_path, stage):
-    """One run is whole; the other loses power in step 8, and goes on from step 6."""
-    data = ["--data-path", recording]
-    for folder, cut in ((tmp_path / "whole", None), (tmp_path / "cut", 8)):
-        for before in ("tokenizer", "lam") if stage == "dynamics" else ():
-            train(before, folder, *data)
-        train(stage, folder, *data, cut=cut)
-    assert load_checkpoint(tmp_path / "cut" / f"{stage}.pt", stage)["step"] == 6
-    train(stage, tmp_path / "cut", *data, "--resume")
-    assert_the_same_training(tmp_path / "whole", tmp_path / "cut", stage)
+def train_whole_and_cut(recording, folder):
+    """All three stages: one run is whole; the other loses power in step 8, and goes on from step 6."""
+    whole, cut = Path(folder) / "whole", Path(folder) / "cut"
+    for stage in SCRIPTS:
+        options = ["--data-path", str(recording)]
+        if stage == "dynamics":
+            options += [f"--video-tokenizer-path={whole}/tokenizer.pt", f"--lam-path={whole}/lam.pt"]
+        train(stage, whole, *options)
+        train(stage, cut, *options, cut=8)
+        assert load_checkpoint(cut / f"{stage}.pt", stage)["step"] == 6
+        train(stage, cut, *options, "--resume")
+    return whole, cut
+
+
+def test_the_same_command_gives_the_same_bits_with_and_without_a_power_cut(recording, tmp_path):
+    whole, cut = train_whole_and_cut(recording, tmp_path)
+    for stage in SCRIPTS:
+        assert_the_same_training(whole, cut, stage)
+
+
+@pytest.mark.slow
+def test_so_do_several_processes(recording, tmp_path):
+    result = torchrun(__file__, recording, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 processes" in result.stdout
+    for stage in SCRIPTS:
+        assert_the_same_training(tmp_path / "whole", tmp_path / "cut", stage)
 
 
 def test_the_last_two_and_the_best_are_kept(recording, tmp_path, monkeypatch):
@@ -190,8 +211,9 @@ def test_kill_9_at_any_moment_loses_no_saved_step(recording, tmp_path, capfd, ki
         assert told <= last <= told + 1  # saved, but not told of
     assert last > kills // 2 and "instead" not in capfd.readouterr().out  # the file itself was whole each time
     assert kills < 50 or in_saving > kills / 50  # some struck while a file was being written
-    steps = [json.loads(line)["step"] for line in (tmp_path / "tokenizer/metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    assert steps == sorted(set(steps))
+    lines = [json.loads(line) for line in (tmp_path / "tokenizer/metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    steps = [(line["step"], "val_loss" in line) for line in lines]
+    assert steps == sorted(set(steps))  # no line twice, none out of order
 
 
 def test_a_second_signal_is_not_waited_for(tmp_path):
@@ -292,3 +314,7 @@ def test_disk_is_counted_before_videos_are_converted(tmp_path, monkeypatch, caps
     monkeypatch.undo()
     assert len(open_footage(options(tmp_path / "v")).frames) == 30
     assert "disk: 30 frames of 32×32 take at most 0.1 MB" in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    train_whole_and_cut(*sys.argv[1:])
