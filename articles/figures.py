@@ -1,0 +1,443 @@
+"""Draw every picture of the articles, write their numbers to results/articles.json and into the text: two minutes on two cores, the same each time.
+
+    python articles/figures.py               # articles/figures/*.png, from the shipped Doom maze and a game that it has never seen
+    python articles/figures.py --measure     # the speed of single products, too, for article 5; else what was measured before is drawn
+
+Pictures of training (the collapse) come from two short trainings, with a LAM half as wide as the shipped one.
+"""
+import json
+import re
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import metrics  # noqa: E402
+import record  # noqa: E402
+import train_lam  # noqa: E402
+from action_table import describe_actions  # noqa: E402
+from config import Parser, make_folder, print_user_errors  # noqa: E402
+from data_utils import Clips, open_footage, to_float, to_uint8  # noqa: E402
+from models.checkpoint import build_model, load_checkpoint  # noqa: E402
+from models.dynamics import maskgit_decode  # noqa: E402
+from models.fsq import FiniteScalarQuantizer  # noqa: E402
+from models.st_transformer import SpatioTemporalTransformer  # noqa: E402
+from models.world_model import WorldModel  # noqa: E402
+from pictures import grid, labelled_grid, save_png  # noqa: E402
+from speedrun import describe_device, git_commit  # noqa: E402
+from validate import unit  # noqa: E402
+from video_features import smallnet_features  # noqa: E402
+
+WORLD, OUT, NUMBERS = ROOT / "checkpoints/shipped/doom-maze", ROOT / "articles/figures", ROOT / "results/articles.json"
+GRAY = 128
+
+
+def results(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def plot(name, size, draw, **grid_of):
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.subplots(**grid_of))
+    figure.savefig(OUT / f"{name}.png", dpi=90, metadata={"Software": None})
+
+
+def patches(mask):
+    """Boolean (…, 64) of tokens → (…, 64, 64, 1) of pixels."""
+    return mask.reshape(*mask.shape[:-1], 8, 8).repeat_interleave(8, -2).repeat_interleave(8, -1)[..., None]
+
+
+# --- 0: overview -------------------------------------------------------------------------------------------------
+def keys(world, clips):
+    """One beginning per row, one latent action per column, held for four frames."""
+    starts = clips.spread(4)[0][:, :4]
+    columns = [starts[:, -1].numpy()]
+    for action in range(world.n_actions):
+        world.generator.manual_seed(0)
+        world.reset(starts)
+        columns.append([world.step([action] * len(starts)) for _ in range(4)][-1])
+    save_png(labelled_grid(np.stack(columns, axis=1), ["start", *world.action_names]), OUT / "0_keys.png")
+    return {}
+
+
+# --- 1: video tokenizer ------------------------------------------------------------------------------------------
+def reconstruction(world, clips):
+    frames = clips.spread(8)[0]
+    tokens = world.tokenizer.encode(to_float(frames))  # (8, T, 64)
+    rebuilt = to_uint8(world.tokenizer.decode(tokens))
+    codes = world.tokenizer.quantizer.indices_to_codes(tokens[:, -1])[..., :3]  # the first three of five dimensions, as red, green and blue
+    colours = ((codes + 1) * 127.5).byte().view(8, 8, 8, 3).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    error = (rebuilt[:, -1].int() - frames[:, -1].int()).abs().mul(4).clamp(max=255).byte()
+    save_png(grid([frames[:, -1], colours, rebuilt[:, -1], error]), OUT / "1_tokens.png")
+    return {}
+
+
+def straight_through(world, clips):
+    """The staircase of four levels, and the slope that the gradient sees; and two numbers worked through."""
+    quantizer = FiniteScalarQuantizer([4])
+    z = torch.linspace(-3, 3, 601)[:, None].requires_grad_()
+    codes = quantizer(z)
+    (slope,) = torch.autograd.grad(codes.sum(), z)
+
+    def draw(axes):
+        axes[0].plot(z.detach(), torch.tanh(z.detach()), "k:", label="tanh(z)")
+        axes[0].plot(z.detach(), codes.detach(), "C0", label="code, of four levels")
+        axes[1].plot(z.detach(), slope, "C1", label="slope that training uses: that of tanh")
+        axes[1].plot(z.detach(), torch.zeros_like(slope), "k:", label="slope of the staircase")
+        for ax in axes:
+            ax.set_xlabel("z")
+            ax.legend(frameon=False)
+
+    plot("1_straight_through", (8, 3), draw, ncols=2)
+    two, target = torch.tensor([[0.3], [-1.2]], requires_grad=True), torch.tensor([[1.0], [-1 / 3]])
+    code = quantizer(two)
+    ((code - target) ** 2).sum().backward()
+    bounded = torch.tanh(two)
+    found = {"tanh": bounded, "y": 1.5 * (bounded + 1), "code": code, "outer": 2 * (code - target), "slope": 1 - bounded**2, "gradient": two.grad}
+    return {f"hand/{name}_{i}": float(value[i].detach()) for name, value in found.items() for i in range(2)}
+
+
+def codebook(world, clips):
+    frames = clips.at(clips.end_to_end)[0]
+    tokens = torch.cat([world.tokenizer.encode(to_float(batch)) for batch in frames.split(32)])
+    share = np.sort(metrics.shares(tokens, 1024))[::-1]
+
+    def draw(axes):
+        axes.semilogy(np.arange(1, 1025), np.maximum(share, 1e-7), "C0")
+        axes.axhline(1 / 1024, color="k", linestyle=":", label="if all were equally frequent")
+        axes.set(xlabel="codes, by frequency", ylabel="share of all tokens", ylim=(1e-7, 1))
+        axes.legend(frameon=False)
+
+    plot("1_codebook", (5, 3), draw)
+    use = {"frames": frames.shape[0] * frames.shape[1], "used": int((share > 0).sum()), "perplexity": metrics.perplexity(share), "largest_share": float(share[0])}
+    return {f"codebook/{name}": value for name, value in use.items()}
+
+
+def attention(world, clips):
+    """What one token can be influenced by, after one block and after two: by gradient, in a network with random weights."""
+    rows = []
+    for n_blocks in (1, 2):
+        torch.manual_seed(0)
+        stack = SpatioTemporalTransformer(32, 64, 2, n_blocks, context_length=3)
+        for weight in stack.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+        x = torch.randn(1, 6, 64, 32, requires_grad=True)
+        stack(x)[0, 4, 27].sum().backward()
+        seen = patches(x.grad.abs().amax(-1)[0] > 0)  # (6, 64, 64, 1)
+        picture = torch.where(seen, torch.tensor([70, 130, 220]), torch.tensor([235, 235, 235])).byte()
+        row, column = divmod(27, 8)
+        picture[4, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = torch.tensor([220, 60, 50], dtype=torch.uint8)
+        rows.append(picture)
+    save_png(labelled_grid(np.stack(rows), [f"frame {t}" for t in range(6)]), OUT / "1_attention.png")
+    return {}
+
+
+# --- 2: inverse dynamics -----------------------------------------------------------------------------------------
+def actions(world, clips):
+    rows, picture = describe_actions(world.lam, clips.spread(128)[0], "cpu")
+    save_png(picture, OUT / "2_actions.png")
+    return {f"action_{row['action']}/{name}": row[name] for row in rows for name in ("share", "pixels")}
+
+
+def agreement(world, clips):
+    frames, buttons = clips.spread(256)
+    codes = torch.cat([world.lam.infer(to_float(batch)) for batch in frames.split(32)])
+    counts = metrics.contingency(codes, buttons)
+    names = clips.footage.action_names
+
+    def draw(axes):
+        axes.imshow(counts / counts.sum(1, keepdims=True), cmap="Blues", vmin=0, vmax=1)
+        axes.set_yticks(range(len(counts)), [f"{i}  {name}" for i, name in enumerate(world.action_names)])
+        axes.set_xticks(range(len(names)), names, rotation=20)
+        for i, j in np.ndindex(*counts.shape):
+            axes.text(j, i, f"{counts[i, j] / counts[i].sum():.2f}", ha="center", va="center", color="w" if counts[i, j] > 0.6 * counts[i].sum() else "k")
+
+    plot("2_agreement", (4.6, 4.6), draw)
+    return {"agreement/nmi": metrics.nmi_above_chance(codes, buttons), "agreement/accuracy": metrics.best_mapping_accuracy(codes, buttons),
+            "agreement/majority": float(metrics.shares(buttons, len(names)).max())}  # fmt: skip
+
+
+ROWS = {
+    "shipped": "as shipped", "pairs": "encoder: both frames in a patch, not how they match", "pooled": "encoder: mean-pooled frames compared (article)",
+    "adds": "decoder: adds, cannot move patches", "draws": "decoder: draws the frame anew", "first frame": "decoder: draws it anew, from the first frame (article, keep-rate 0)",
+    "rounded": "rounded from the start (article)", "no norm": "no normalisation before rounding (article)", "no entropy": "no entropy bonus (article)",
+    "article": "all of the article's choices together",
+}  # fmt: skip
+
+
+def choices(world, clips):
+    """Means over three seeds of results/ablation.json, for the text: one change at a time."""
+    found, numbers = results("ablation"), {}
+    for short, row in ROWS.items():
+        runs = [{m: found[f"lam/{row}/{seed}/{m}"] for m in ("psnr", "copy_psnr", "nmi", "actions_used", "largest_share")} for seed in range(3)]
+        numbers |= {f"choices/{short}/{m}": float(np.mean([run[m] for run in runs])) for m in ("nmi", "actions_used", "largest_share")}
+        numbers[f"choices/{short}/error"] = float(np.mean([10 ** ((run["copy_psnr"] - run["psnr"]) / 10) for run in runs]))
+    delta = {}
+    for short, row in {"shipped": "as shipped", "masked": "context masked (Genie, the article)", "added": "action added to the tokens (Genie)", "kernel": "a token's embedding sees itself alone (Genie)"}.items():
+        delta[short] = float(np.mean([found[f"dynamics/{row}/{seed}/delta_psnr_t4"] for seed in range(3)]))
+        numbers |= {f"choices/{short}/delta": delta[short], f"choices/{short}/loss_of_delta": delta["shipped"] - delta[short]}
+    return numbers
+
+
+COLLAPSE = ["--encoder", "frames", "--decoder", "frame", "--keep-rate", "0", "--latent-norm", "none", "--soft-rate", "0", "--entropy-lambda", "0", "--var-lambda", "0"]
+
+
+def collapse(world, clips, n_updates=200):
+    """The LAM of this project, and one without all that keeps codes alive: the same clips, the same number of updates."""
+    numbers, shares = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in (("as shipped", []), ("nothing against collapse", COLLAPSE)):
+            out = Path(folder) / name
+            train_lam.main(["--data-path", clips.footage.name, "--out", str(out), "--preset", "cpu", "--n-updates", str(n_updates), "--batch-size", "4", "--embed-dim", "64",
+                            "--hidden-dim", "256", "--dtype", "float32", "--device", "cpu", *options])  # fmt: skip
+            lam = build_model(load_checkpoint(out / "lam.pt", "lam"))
+            frames = clips.spread(64)[0]
+            codes = lam.infer(to_float(frames))
+            told = [lam.predict(to_float(frames), actions) for actions in (codes, codes.roll(1, 0))]
+            truth, before = to_float(frames)[:, 1:], to_float(frames)[:, :-1]
+            copy = float(F.mse_loss(before, truth))
+            shares[name] = metrics.shares(codes, 8)
+            kind = "shipped" if name == "as shipped" else "nothing"
+            numbers |= {f"collapse/{kind}/used": int((shares[name] > 0).sum()), f"collapse/{kind}/largest_share": float(shares[name].max()),
+                        f"collapse/{kind}/error_over_copy": float(F.mse_loss(told[0], truth)) / copy, f"collapse/{kind}/error_with_others": float(F.mse_loss(told[1], truth)) / copy}  # fmt: skip
+
+    def draw(axes):
+        for ax, (name, share) in zip(axes, shares.items()):
+            ax.bar(range(8), np.sort(share)[::-1], color="C0" if name == "as shipped" else "C1")
+            ax.set(title=name, ylim=(0, 1), xlabel="codes, by frequency", ylabel="share of transitions")
+
+    plot("2_collapse", (7, 2.8), draw, ncols=2)
+    return numbers | {"collapse/updates": n_updates}
+
+
+# --- 3: dynamics -------------------------------------------------------------------------------------------------
+def masking(world, clips):
+    """A frame as the dynamics model sees it in training: half, three quarters, all of its tokens replaced."""
+    frame = clips.spread(3)[0][1, -1]
+    torch.manual_seed(0)
+    dice = torch.rand(64)
+    masked = [torch.where(patches(dice < rate), GRAY, frame).byte() for rate in (0.0, 0.5, 0.75, 1.0)]
+    save_png(labelled_grid(np.stack(masked)[None], ["clean", "rate 0.5", "rate 0.75", "rate 1"]), OUT / "3_masking.png")
+    return {}
+
+
+def decoding(world, clips, passes=8):
+    """MaskGIT on one real frame: after each pass, what is filled; and how many passes pay, on 64 clips."""
+    frames, _ = clips.spread(5)
+    tokens, led_to = world.encode(frames[3:4, :5])  # (1, 5, 64)
+    known, dynamics = [], world.dynamics
+    cache = dynamics.new_cache()
+    dynamics.prefill(tokens[:, :4], led_to, cache)
+    condition = dynamics.condition(led_to[:, 4:])
+
+    def logits_of(now):
+        known.append(now.clone())
+        return dynamics.head(dynamics.states(now.unsqueeze(1), condition, cache=cache))[:, 0].float()
+
+    start = torch.full_like(tokens[:, 4], dynamics.mask_index)
+    known.append(maskgit_decode(logits_of, start, dynamics.mask_index, passes, temperature=0.0))
+    shown = []
+    for now in known:
+        pixels = to_uint8(world.tokenizer.decode(torch.cat([tokens[:, :4], now.masked_fill(now == dynamics.mask_index, 0).unsqueeze(1)], dim=1)))[0, -1]
+        shown.append(torch.where(patches(now[0] != dynamics.mask_index), pixels, GRAY).byte())
+    truth, before = frames[3, 4], frames[3, 3]
+    save_png(labelled_grid(np.stack([before, *shown, truth])[None], ["before", "masked", *(f"pass {k}" for k in range(1, passes + 1)), "truth"]), OUT / "3_decoding.png")
+    return {f"decoding/filled_after_{k}": int((now != dynamics.mask_index).sum()) for k, now in enumerate(known)}
+
+
+def rollout(world, clips):
+    frames, at = Clips(clips.footage, "val", 20, val_fraction=0.5).spread(6)[0][:3], (0, 1, 2, 4, 8, 16)
+    codes = world.lam.infer(to_float(frames))
+    world.generator.manual_seed(0)
+    world.reset(frames[:, :4], codes[:, :3])
+    played = np.stack([frames[:, 3]] + [world.step(codes[:, t]) for t in range(3, 19)], axis=1)
+    rows = [row for clip in range(3) for row in (frames[clip, [3 + t for t in at]].numpy(), played[clip, list(at)])]
+    save_png(labelled_grid(np.stack(rows), ["last known", *(f"t = {t}" for t in at[1:])]), OUT / "3_rollout.png")
+    report = results("doom-maze")
+
+    def draw(axes):
+        t = range(1, 17)
+        axes.plot(t, [report[f"dynamics/rollout_psnr_t{i}"] for i in t], "C0", label="rollout")
+        axes.plot(t, [report[f"dynamics/copy_psnr_t{i}"] for i in t], "k:", label="the last known frame, again and again")
+        axes.set(xlabel="frames after the last known one", ylabel="PSNR, dB")
+        axes.legend(frameon=False)
+
+    plot("3_drift", (5, 3), draw)
+    return {}
+
+
+# --- 4: evaluation -----------------------------------------------------------------------------------------------
+def blur(frames, sigma):
+    """Gaussian blur of uint8 (…, H, W, 3)."""
+    x = torch.as_tensor(frames).float().movedim(-1, -3)
+    radius = int(3 * sigma)
+    kernel = torch.exp(-(torch.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+    flat = F.pad(x.reshape(-1, 1, *x.shape[-2:]), (radius,) * 4, mode="replicate")
+    flat = F.conv2d(F.conv2d(flat, kernel), kernel.transpose(2, 3))
+    return flat.view(x.shape).movedim(-3, -1).round().byte()
+
+
+def blind_spots(world, clips):
+    """Five wrong pictures of one frame, with the numbers that each metric gives them."""
+    pair = max((clip[-2:] for clip in clips.spread(64)[0]), key=lambda p: float(metrics.changed(unit(p[1]), unit(p[0])).float().mean()))
+    before, truth = pair
+    torch.manual_seed(0)
+    noisy = (truth.float() + 16 * torch.randn(truth.shape)).clamp(0, 255).byte()
+    wrong = {"copy": before, "blurred": blur(truth, 2.0), "shifted": truth.roll(2, 1), "noisy": noisy, "rebuilt": to_uint8(world.tokenizer.decode(world.tokenizer.encode(to_float(truth[None, None]))))[0, 0]}
+    mask = metrics.changed(unit(truth), unit(before))
+    numbers = {}
+    for name, picture in wrong.items():
+        error = ((unit(picture) - unit(truth)) ** 2).mean()
+        numbers |= {f"blind/{name}/psnr": metrics.psnr(error), f"blind/{name}/psnr_changing": metrics.masked_psnr(unit(picture), unit(truth), mask)}
+    save_png(labelled_grid(np.stack([truth, *wrong.values()])[None], ["truth", *wrong]), OUT / "4_blind_spots.png")
+    return numbers
+
+
+def frechet(world, clips):
+    """Fréchet distances on the small network's features: of real clips to other real clips, and to clips spoiled in one way each."""
+    frames = Clips(clips.footage, "val", 16, val_fraction=0.9).spread(256)[0]
+    real, other = frames[::2], frames[1::2]
+    torch.manual_seed(0)
+    spoiled = {
+        "other real clips": other, "blurred a little": blur(other, 1.0), "blurred": blur(other, 2.0),
+        "frames in random order": torch.stack([clip[torch.randperm(16)] for clip in other]), "the first frame, again and again": other[:, :1].expand_as(other),
+    }  # fmt: skip
+    features = smallnet_features(real)
+    return {f"fvd/{name}": metrics.frechet_distance(features, smallnet_features(x)) for name, x in spoiled.items()}
+
+
+def control(world, clips):
+    """ΔPSNR of the floor, of worlds with latent actions, and of the skyline, over three seeds (results/ablation.json)."""
+    found, names = results("ablation"), {"dice": "no actions (dice instead): the floor", "shipped": "as shipped", "buttons": "true buttons: the skyline"}
+    numbers = {}
+    for short, row in names.items():
+        for key, metric in (("random", "delta_psnr_t4"), ("frequent", "delta_psnr_null_t4")):
+            values = [value for name, value in found.items() if name.startswith(f"dynamics/{row}/") and name.endswith("/" + metric)]
+            numbers |= {f"control/{short}/{key}": float(np.mean(values)), f"control/{short}/{key}_std": float(np.std(values, ddof=1))}
+
+    def draw(axes):
+        for i, (key, label) in enumerate((("random", "to random actions"), ("frequent", "to the most frequent"))):
+            heights, spread = ([numbers[f"control/{short}/{key}{end}"] for short in names] for end in ("", "_std"))
+            axes.bar(np.arange(3) + 0.4 * i - 0.2, heights, 0.4, yerr=spread, label=label)
+        axes.set_xticks(range(3), ["dice: the floor", "latent actions", "true buttons:\nthe skyline"])
+        axes.set_ylabel("ΔPSNR four frames on, dB")
+        axes.legend(frameon=False)
+
+    plot("4_control", (5, 3), draw)
+    return numbers
+
+
+# --- 5: speed ----------------------------------------------------------------------------------------------------
+PRODUCTS = {"attention scores, time": (8192, 8, 32, 8), "attention scores, space": (512, 64, 32, 64), "qkv": (1, 4096, 128, 384), "feed-forward": (1, 4096, 128, 512), "output head": (1, 4096, 128, 1024)}
+
+
+def measure():
+    """GFLOP/s of the products of one training step (8 clips of 8 frames, 4 heads, width 128), in float32; and what memory gives."""
+    numbers = {}
+    for name, (batch, m, k, n) in {**PRODUCTS, "one large product": (1, 2048, 2048, 2048)}.items():
+        a, b = torch.randn(batch, m, k), torch.randn(batch, k, n)
+        out = torch.empty(batch, m, n)
+        times = []
+        for _ in range(30):
+            began = time.perf_counter()
+            torch.bmm(a, b, out=out)
+            times.append(time.perf_counter() - began)
+        flops, moved = 2 * batch * m * k * n, 4 * (a.numel() + b.numel() + out.numel())
+        numbers |= {f"roofline/{name}/gflops": flops / np.median(times) / 1e9, f"roofline/{name}/intensity": flops / moved}
+    a, b, times = torch.randn(1 << 26), torch.empty(1 << 26), []
+    for _ in range(10):
+        began = time.perf_counter()
+        b.copy_(a)
+        times.append(time.perf_counter() - began)
+    return numbers | {"roofline/memory_gb_per_s": 8 * a.numel() / np.median(times) / 1e9}
+
+
+def roofline(numbers):
+    peak, memory = numbers["roofline/one large product/gflops"], numbers["roofline/memory_gb_per_s"]
+
+    def draw(axes):
+        x = np.logspace(-0.5, 3, 100)
+        axes.loglog(x, np.minimum(peak, memory * x), "k", label=f"roof: {memory:.0f} GB/s, {peak:.0f} GFLOP/s")
+        for i, name in enumerate(PRODUCTS):
+            axes.plot(numbers[f"roofline/{name}/intensity"], numbers[f"roofline/{name}/gflops"], "o", color=f"C{i}", label=name)
+        axes.set(xlabel="FLOP per byte moved", ylabel="GFLOP per second")
+        axes.legend(frameon=False, fontsize=8)
+
+    plot("5_roofline", (5.5, 3.6), draw)
+
+
+def growth():
+    bench = results("bench")
+
+    def draw(axes):
+        for ax, letter, values, fixed in ((axes[0], "T", (8, 16, 32, 64), "N64"), (axes[1], "N", (64, 256, 1024), "T8")):
+            ax.loglog(values, [bench[f"growth/pass_T{v}_{fixed}_ms" if letter == "T" else f"growth/pass_{fixed}_N{v}_ms"] for v in values], "o-")
+            ax.set(xlabel={"T": "frames in the window", "N": "patches per frame"}[letter], ylabel="one pass, ms", xticks=values, xticklabels=values, ylim=(2, 60))
+            ax.minorticks_off()
+
+    plot("5_growth", (7, 2.8), draw, ncols=2)
+
+
+# --- the text ----------------------------------------------------------------------------------------------------
+CITED = re.compile(r"(−?[\d,]*\.?\d+)<!--([\w./-]+):([^>]+?)( x100)?-->")  # 0.41<!--ablation:lam/nmi-->: the number of that name in results/ablation.json
+
+
+def shown(match):
+    """A number as the result files have it now, written with as many decimals as it stands in the text."""
+    number, file, name, percent = match.groups()
+    value = results(file)[name] * (100 if percent else 1)
+    return f"{value:,.{len(number.partition('.')[2])}f}".replace("-", "−")
+
+
+def update_text():
+    for path in sorted((ROOT / "articles").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(CITED.sub(lambda match: shown(match) + match[0][len(match[1]) :], text), encoding="utf-8")
+
+
+PICTURES = (keys, reconstruction, straight_through, codebook, attention, actions, agreement, choices, collapse, masking, decoding, rollout, blind_spots, frechet, control)
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--frames", type=int, default=6000, help="of the game that is recorded for the pictures [6000]")
+    parser.add_argument("--measure", action="store_true", help="also measure single products, for the roofline")
+    args = parser.parse_args(argv)
+    began = time.perf_counter()
+    make_folder(OUT)
+    torch.manual_seed(0)
+    numbers = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
+    numbers = {name: value for name, value in numbers.items() if name.startswith("roofline/")}
+    if args.measure or not numbers:
+        numbers = measure()
+    roofline(numbers)
+    growth()
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/doom-maze.h5"
+        record.main(["doom-maze", "--frames", str(args.frames), "--seed", "3000", "--out", path])
+        clips = Clips(open_footage(Namespace(data_path=path, data_type="h5", use_dummy_data=False, frame_size=64)), "val", 8, val_fraction=0.9)
+        world = WorldModel.load(WORLD)
+        for picture in PICTURES:
+            with torch.set_grad_enabled(picture in (straight_through, attention, collapse)):
+                numbers |= picture(world, clips)
+    made = {"device": describe_device(), "commit": git_commit(), "command": "python articles/figures.py"}
+    bench = results("bench")
+    numbers["bfloat16_over_float32"] = bench["ceiling/bfloat16_gflops"] / bench["ceiling/float32_gflops"]
+    NUMBERS.write_text(json.dumps(numbers | made, indent=1) + "\n")
+    update_text()
+    print(f"{OUT.relative_to(ROOT)} and {NUMBERS.relative_to(ROOT)}: {(time.perf_counter() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    print_user_errors()
+    main()
