@@ -103,6 +103,9 @@ def open_clips(footage, cfg):
     P = getattr(cfg, "patch_size", 1)  # the dynamics model never sees pixels
     if H % P or W % P:
         raise UserError(f"frames of {H}×{W} pixels do not divide into --patch-size {P}; use a divisor of both sides")
+    needed, free = 12 * cfg.batch_size * cfg.context_length * H * W, free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise UserError(f"a batch of frames of {H}×{W} alone needs {gigabytes(needed)} of memory, {gigabytes(free)} are free; record at a smaller size, or take a smaller --batch-size")
     print(f"data: {train.n_frames:,} frames of {H}×{W} to train on, {val.n_frames:,} to validate; {len(train.starts):,} clips")
     return train, val
 
@@ -175,8 +178,11 @@ def check_memory(cfg, model, train, trial):
     """Print what training needs and what is free. Raises UserError if that is less, naming the largest batch that fits."""
     if cfg.compile or n_ranks() > 1:  # a single clip would be compiled for itself; processes share weights or memory in other ways
         return
-    with torch.random.fork_rng():
-        fixed, clip = memory_of_a_pass(train, trial)
+    try:
+        with torch.random.fork_rng():
+            fixed, clip = memory_of_a_pass(train, trial)
+    except (torch.OutOfMemoryError, MemoryError):  # not even two clips fit; plan() says so
+        return
     fixed += 3 * sum(weight.nbytes for weight in model.parameters())  # gradients and two moments; the weights are there already
     clip = 3 * clip // 2  # half as much again comes and goes
     needed, free = fixed + clip * cfg.batch_size, free_memory(torch.device(cfg.device))
