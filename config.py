@@ -5,7 +5,9 @@ The comment behind a field is its --help text.
 """
 import argparse
 import dataclasses
+import errno
 import inspect
+import math
 import os
 import re
 import sys
@@ -124,6 +126,9 @@ def print_user_errors():
             print(f"error: {error}", file=sys.stderr)
             sys.stderr.flush()
             raise SystemExit(2)
+        if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            print(f"error: cannot write {error.filename or ''} ({error.strerror}); make room, then go on with --resume", file=sys.stderr)
+            raise SystemExit(2)
         if kind is KeyboardInterrupt:
             raise SystemExit(130)
         sys.__excepthook__(kind, error, traceback)
@@ -222,12 +227,16 @@ def check(cfg):
     for name in (*budgets, "batch_size", "accumulate", "patch_size", "embed_dim", "hidden_dim", "n_heads", "n_blocks", "learning_rate",
                  "grad_clip", "max_skipped", "sample_every", "save_every", "frame_size"):  # fmt: skip
         need(getattr(cfg, name, 1) > 0, f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name, 1)}")
-    need(cfg.seed >= 0, f"--seed must not be negative, got {cfg.seed}")
+        need(getattr(cfg, name, 1) < 2**31, f"--{name.replace('_', '-')} must be below 2,147,483,648, got {getattr(cfg, name, 1)}")
+    need(0 <= cfg.seed < 2**63, f"--seed must not be negative, nor beyond 64 bits, got {cfg.seed}")
+    for name, largest in (("embed_dim", 65536), ("hidden_dim", 65536), ("context_length", 256), ("frame_size", 8192)):
+        need(getattr(cfg, name) <= largest, f"--{name.replace('_', '-')} must be at most {largest:,}, got {getattr(cfg, name)}")
     need(cfg.out, "say where the world is to be saved, for example --out checkpoints/pong")
     need(cfg.context_length >= 2, f"--context-length must be at least 2 frames, got {cfg.context_length}")
     need(cfg.embed_dim % (2 * cfg.n_heads) == 0, f"--embed-dim {cfg.embed_dim} must be an even multiple of --n-heads {cfg.n_heads}")
     if hasattr(cfg, "levels"):
         need(cfg.levels and min(cfg.levels) >= 2, f"--levels must be integers of at least 2, got {cfg.levels}")
+        need(math.prod(cfg.levels) <= 2**20, f"--levels must make at most 1,048,576 codes, got {math.prod(cfg.levels):,}")
     if hasattr(cfg, "n_actions"):
         n = cfg.n_actions
         need(n >= 2 and n & (n - 1) == 0, f"--n-actions must be a power of two (2, 4, 8, 16, …), got {n}")

@@ -27,6 +27,7 @@ from config import UserError
 from models.distributed import n_ranks, rank
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken video gets our one line, not the decoder's twenty
+os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif")  # no lists of other files
 import cv2  # noqa: E402
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".gif"}
@@ -74,11 +75,15 @@ class DatasetWriter:
     def append(self, frames, actions=None):
         """frames uint8 (n, H, W, 3), actions int64 (n,)."""
         n = len(self.frames)
-        self.frames.resize(n + len(frames), axis=0)
-        self.frames[n:] = frames
-        if self.actions is not None:
-            self.actions.resize(n + len(frames), axis=0)
-            self.actions[n:] = actions
+        try:
+            self.frames.resize(n + len(frames), axis=0)
+            self.frames[n:] = frames
+            if self.actions is not None:
+                self.actions.resize(n + len(frames), axis=0)
+                self.actions[n:] = actions
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.part} after {n:,} frames ({str(error).splitlines()[0][:200]}); make room and start again") from None
 
     def cut_back(self, n):
         self.frames.resize(n, axis=0)
@@ -87,13 +92,17 @@ class DatasetWriter:
         return self
 
     def __exit__(self, kind, *_):
-        if kind is None:
-            self.file["episode_starts"] = np.array(self.starts, dtype="int64")
-        self.file.close()
-        if kind is None:
-            os.replace(self.part, self.path)
-        else:
-            self.part.unlink()
+        try:
+            if kind is None:
+                self.file["episode_starts"] = np.array(self.starts, dtype="int64")
+            self.file.close()
+            if kind is None:
+                os.replace(self.part, self.path)
+        except (OSError, RuntimeError) as error:
+            if kind is None:
+                raise UserError(f"cannot write {self.path} ({str(error).splitlines()[0][:200]}); make room and start again") from None
+        finally:
+            self.part.unlink(missing_ok=True)
 
 
 def read_video(path, frame_size):
@@ -101,6 +110,8 @@ def read_video(path, frame_size):
     capture = cv2.VideoCapture(str(path))
     n, expected = 0, capture.get(cv2.CAP_PROP_FRAME_COUNT)
     try:
+        if (pixels := capture.get(cv2.CAP_PROP_FRAME_WIDTH) * capture.get(cv2.CAP_PROP_FRAME_HEIGHT)) > LARGEST_SIDE**2:
+            raise ValueError(f"its frames have {pixels:,.0f} pixels")
         while True:
             ok, frame = capture.read()
             if not ok:
@@ -132,10 +143,12 @@ def check_disk(videos, out, frame_size):
 def convert_videos(videos, out, frame_size):
     """Videos → one HDF5 file; each video is an episode. A broken one is skipped with a line. Returns `out`."""
     stamp = json.dumps([frame_size, [(v.name, v.stat().st_size, v.stat().st_mtime_ns) for v in videos]])
-    if h5py.is_hdf5(out):
+    try:
         with h5py.File(out, "r") as file:
-            if file.attrs.get("source") == stamp:
+            if str(file.attrs.get("source")) == stamp:
                 return out
+    except (OSError, RuntimeError):  # there is none, or it is damaged
+        pass
     capture = cv2.VideoCapture(str(videos[0]))
     fps = capture.get(cv2.CAP_PROP_FPS)
     fps = fps if 1 <= fps <= 60 else 15.0  # what a header says can be anything
@@ -215,9 +228,19 @@ def open_footage(cfg) -> Footage:
         with first_alone():
             path = convert_videos(videos, path.with_name(f"{path.name}.{cfg.frame_size}px.h5"), (cfg.frame_size, cfg.frame_size))
     try:
-        file = h5py.File(path, "r")
-    except OSError:
+        return read_footage(h5py.File(path, "r"), path)
+    except UserError:
+        raise
+    except OSError as error:
+        if "Can't synchronously read" in str(error):
+            raise UserError(f"{path} is damaged: not all of it can be read; make it again") from None
         raise UserError(f"{path} is neither a video ({suffixes}) nor a readable HDF5 file; convert it to one of them") from None
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:  # HDF5 has many words for damage
+        raise UserError(f"{path} is damaged, or not as h5py writes it ({(str(error).splitlines() or [''])[0][:100]!r}); make it again") from None
+
+
+def read_footage(file, path) -> Footage:
+    """What an open HDF5 file holds, its shapes, types and ranges checked before any of it is read."""
     frames, actions, starts = (member(file, name, path) for name in ("frames", "actions", "episode_starts"))
     if frames is None or frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         found = f"{frames.dtype} {frames.shape}" if frames else f"only {sorted(file)[:10]}"
@@ -226,21 +249,19 @@ def open_footage(cfg) -> Footage:
         raise UserError(f"{path} has frames of the shape {frames.shape}; each side must have 1 … {LARGEST_SIDE:,} pixels, and there must be some")
     if actions is not None and (actions.shape != frames.shape[:1] or actions.dtype.kind not in "iu"):
         raise UserError(f"{path} has {actions.dtype} {actions.shape} actions for {len(frames)} frames; store one whole number per frame, or none")
-    if starts is not None and (starts.ndim != 1 or starts.dtype.kind not in "iu"):
+    if starts is not None and (starts.ndim != 1 or starts.dtype.kind not in "iu" or len(starts) > len(frames)):
         raise UserError(f"{path} has {starts.dtype} {starts.shape} episode_starts; store a list of frame numbers, or none")
-    try:
-        if actions is not None and not 0 <= actions[:].min() <= actions[:].max() < MOST_ACTIONS:
-            raise UserError(f"{path} has an action {wrong(actions[:])}; number the actions from 0, up to {MOST_ACTIONS - 1:,}")
-        return Footage(
-            frames[:] if frames.size <= IN_MEMORY else frames,
-            None if actions is None else actions[:].astype(np.int64),
-            () if starts is None else starts[:].astype(np.int64),
-            attribute(file, "action_names", lambda names: tuple(str(name) for name in np.atleast_1d(names)[:MOST_ACTIONS]), ()),
-            attribute(file, "fps", lambda fps: float(fps) if 0 < float(fps) <= 1000 else 15.0, 15.0),
-            str(path),
-        )
-    except OSError:
-        raise UserError(f"{path} is damaged: not all of it can be read; make it again") from None
+    if actions is not None and not 0 <= actions[:].min() <= actions[:].max() < MOST_ACTIONS:
+        wrong = actions[:].min() if actions[:].min() < 0 else actions[:].max()
+        raise UserError(f"{path} has an action {wrong}; number the actions from 0, up to {MOST_ACTIONS - 1:,}")
+    return Footage(
+        frames[:] if frames.size <= IN_MEMORY else frames,
+        None if actions is None else actions[:].astype(np.int64),
+        () if starts is None else starts[:].astype(np.int64),
+        attribute(file, "action_names", lambda names: tuple(str(name) for name in np.atleast_1d(names)[:MOST_ACTIONS]), ()),
+        attribute(file, "fps", lambda fps: float(fps) if 0 < float(fps) <= 1000 else 15.0, 15.0),
+        str(path),
+    )
 
 
 def member(file, name, path):
@@ -257,10 +278,6 @@ def member(file, name, path):
     if claimed > BOMB * max(1, found.id.get_storage_size()) or chunk > LARGEST_CHUNK:
         raise UserError(f"{path}: `{name}` would unpack to {claimed:,} bytes, but {found.id.get_storage_size():,} are stored; it is refused")
     return found
-
-
-def wrong(actions):
-    return actions.min() if actions.min() < 0 else actions.max()
 
 
 def attribute(file, name, read, default):
@@ -337,7 +354,10 @@ class Clips(Batches):
 
     def at(self, starts):
         """Clips that begin at `starts`: frames uint8 (B, T, H, W, 3), true actions int64 (B, T-1) or None."""
-        frames = torch.from_numpy(np.stack([self.footage.frames[s : s + self.length] for s in starts]))
+        try:
+            frames = torch.from_numpy(np.stack([self.footage.frames[s : s + self.length] for s in starts]))
+        except OSError:
+            raise UserError(f"{self.footage.name} is damaged: not all of its frames can be read; make it again") from None
         if self.footage.actions is None:
             return frames, None
         return frames, torch.from_numpy(np.stack([self.footage.actions[s : s + self.length - 1] for s in starts]))

@@ -65,7 +65,7 @@ def save_video(frames, path, fps):
 
 def save_curves(lines, path):
     """metrics.jsonl lines (dicts with `step`) → a picture: the loss, and one small plot for each other number."""
-    names = [name for name in dict.fromkeys(n for line in lines for n in line) if not name.startswith(("val_", "step"))]
+    names = [name for name in dict.fromkeys(n for line in lines for n in line) if not name.startswith(("val_", "step", "stopped"))]
     figure = Figure(figsize=(3.6 * len(names), 2.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0] if names else [], names):
         for key, label in ((name, "train"), (f"val_{name}", "validation")):

@@ -81,7 +81,7 @@ def main(argv=None):
         with autocast():
             return tokenizer.encode(frames), lam.infer(frames) if lam else buttons  # (B, T, N), (B, T-1)
 
-    train, val = (TokenClips(part, label, inputs) for part in clips)
+    train, val = (TokenClips(part, label, {**inputs, "dtype": cfg.dtype}) for part in clips)
 
     def batch_of(clips, step):
         tokens, actions = (x.to(device, non_blocking=True) for x in clips.batch(step))

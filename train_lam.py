@@ -100,7 +100,7 @@ def main(argv=None):
         return
     with autocast():
         rows = write_action_table(run.path, val.spread(128)[0], device)
-    print_warnings({"lam/error_over_copy": run.lines[-1]["val_error_over_copy"], "lam/n_actions": cfg.n_actions,
+    print_warnings({"lam/error_over_copy": run.latest("val_error_over_copy"), "lam/n_actions": cfg.n_actions,
                     "lam/actions_used": sum(row["share"] > 0 for row in rows), "lam/largest_share": max(row["share"] for row in rows)})  # fmt: skip
     run.finish(done, n_updates, f"python train_dynamics.py {run.data_option} --out {cfg.out}")
 

@@ -93,7 +93,7 @@ def main(argv=None):
     # --- finish
     if not run.first:
         return
-    print_warnings({"tokenizer/codes_used": run.lines[-1]["val_codes_used"]})
+    print_warnings({"tokenizer/codes_used": run.latest("val_codes_used")})
     run.finish(done, n_updates, f"python train_lam.py {run.data_option} --out {cfg.out}")
 
 

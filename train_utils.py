@@ -118,7 +118,8 @@ def free_memory(device):
         free = 1024 * next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
         if limit.exists() and limit.read_text().strip() != "max":
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
+            cached = next((int(line.split()[1]) for line in limit.with_name("memory.stat").read_text().splitlines() if line.startswith("inactive_file")), 0)
+            free = min(free, int(limit.read_text()) - int(used.read_text()) + cached)  # files that were read are given up when memory is short
         return free
     except (OSError, StopIteration, ValueError):
         return None
@@ -131,7 +132,7 @@ def gigabytes(n):
 def make_model(kind, model_args, device):
     """kind(**model_args) on the device. Raises UserError before memory is spent, if weights, gradients and two moments of them do not fit."""
     with torch.device("meta"):
-        needed = 4 * sum(weight.nbytes for weight in kind(**model_args).parameters())
+        needed = (4 if n_ranks() == 1 else 1) * sum(weight.nbytes for weight in kind(**model_args).parameters())
     free = free_memory(device)
     if free is not None and needed > free:
         raise UserError(f"this model needs {gigabytes(needed)} for weights, gradients and optimizer, {gigabytes(free)} are free; take a smaller --embed-dim or --n-blocks")
@@ -165,11 +166,13 @@ def memory_of_a_pass(train, trial):
         kept[-1][x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    for train.batch_size in (1, 2):
-        kept.append({})
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            trial()
-    train.batch_size = size
+    try:
+        for train.batch_size in (1, 2):
+            kept.append({})
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                trial()
+    finally:
+        train.batch_size = size
     one, two = (sum(storages.values()) for storages in kept)
     return 2 * one - two, two - one
 
@@ -178,11 +181,11 @@ def check_memory(cfg, model, train, trial):
     """Print what training needs and what is free. Raises UserError if that is less, naming the largest batch that fits."""
     if cfg.compile or n_ranks() > 1:  # a single clip would be compiled for itself; processes share weights or memory in other ways
         return
-    try:
-        with torch.random.fork_rng():
-            fixed, clip = memory_of_a_pass(train, trial)
-    except (torch.OutOfMemoryError, MemoryError):  # not even two clips fit; plan() says so
-        return
+    found = []
+    with torch.random.fork_rng():
+        if not fits(lambda: found.extend(memory_of_a_pass(train, trial))):
+            return  # not even two clips fit; plan() says so
+    fixed, clip = found
     fixed += 3 * sum(weight.nbytes for weight in model.parameters())  # gradients and two moments; the weights are there already
     clip = 3 * clip // 2  # half as much again comes and goes
     needed, free = fixed + clip * cfg.batch_size, free_memory(torch.device(cfg.device))
@@ -321,8 +324,8 @@ class Run:
     def __init__(self, cfg, stage):
         self.cfg, self.stage = cfg, stage
         self.folder, self.path = Path(cfg.out) / stage, Path(cfg.out) / f"{stage}.pt"
-        self.best_path, self.best, self.saved = self.path.with_suffix(".best.pt"), math.inf, None  # the step that was saved last
-        self.interrupted, self.lines, self.odd, self.skipped, self.first = False, [], [], 0, rank() == 0
+        self.best_path, self.best, self.saved, self.planned = self.path.with_suffix(".best.pt"), math.inf, None, math.inf  # saved: the last step that was
+        self.interrupted, self.asked, self.lines, self.odd, self.skipped, self.first = False, False, [], [], 0, rank() == 0
         dummy = cfg.use_dummy_data or cfg.data_type == "dummy"
         self.data_option = "--use-dummy-data" if dummy else f"--data-path {cfg.data_path}"  # for the next command
 
@@ -334,6 +337,10 @@ class Run:
         step = 0
         if self.cfg.resume:
             saved = load_checkpoint(self.path, self.stage)
+            if "optimizer" not in saved:
+                raise UserError(f"cannot resume {self.path}: a shipped world has no optimizer state; train into another --out")
+            if not {"config", "rng", *same} <= set(saved) or not 0 <= saved.get("step", -1) <= saved.get("n_updates", -1):
+                raise CheckpointError(f"cannot resume {self.path}: it does not say how far it is; train it again")
             config = {name: value for name, value in vars(self.cfg).items() if name in ("optimizer", "actions")}
             for kind, now in {**same, "config": config}.items():
                 for name, value in now.items():
@@ -343,8 +350,6 @@ class Run:
             planned = saved["n_updates"]
             if self.cfg.n_updates not in (0, planned):
                 raise UserError(f"cannot resume {self.path}: it was planned for {planned} updates, not {self.cfg.n_updates}; use that")
-            if "optimizer" not in saved:
-                raise UserError(f"cannot resume {self.path}: a shipped world has no optimizer state; train into another --out")
             own = model.state_dict()
             try:
                 model.load_state_dict({name: part_of(weight, own[name]) for name, weight in saved["model"].items()})
@@ -359,24 +364,32 @@ class Run:
             was, now = saved["config"].get("dtype"), getattr(self.cfg, "dtype", None)
             print(f"resuming {self.path} at step {step:,} of {n_updates:,}" + f", in {now} instead of {was}" * (was != now))
             try:
-                self.best = read_checkpoint(self.best_path)["metrics"].get("val_loss", math.inf)
-            except CheckpointError:  # there is none, or it is damaged
+                self.best = float(read_checkpoint(self.best_path)["metrics"]["val_loss"])
+            except (CheckpointError, KeyError, TypeError, ValueError):  # there is none, or it is damaged
                 pass
         if self.first:
             make_folder(self.folder)
+            if not step:  # nothing of an earlier training is taken for this one's, or lost
+                for path in filter(Path.exists, (self.path, self.best_path)):
+                    os.replace(path, path.with_name(path.name.replace(self.stage, f"{self.stage}.earlier", 1)))
+                previous_of(self.path).unlink(missing_ok=True)
             for picture in () if step else self.folder.glob("step_*.png"):  # of an earlier training
                 picture.unlink()
             self.lines, self.odd = (self.keep_lines(name, step) for name in ("metrics.jsonl", "odd_batches.jsonl"))
         for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave; a second signal stops at once
             signal.signal(number, self.interrupt)
+        self.planned = n_updates
         return step, n_updates
 
     def keep_lines(self, name, step):
         """The lines of an earlier run's log up to `step`; the others go."""
         log, lines = self.folder / name, []
         if step and log.exists():
-            lines = map(json.loads, (line for line in log.read_text().splitlines() if line.endswith("}")))
-            lines = [line for line in lines if line["step"] <= step]
+            for text in log.read_text(errors="replace").splitlines():
+                try:
+                    lines += [line] if (line := json.loads(text))["step"] <= step and "stopped" not in line else []
+                except (ValueError, KeyError, TypeError):  # cut short, or not ours
+                    pass
         part = log.with_name(name + ".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(part, log)
@@ -388,21 +401,22 @@ class Run:
             signal.signal(number, signal.SIG_DFL)
 
     def stopped(self, done):
-        """Has somebody asked to stop? Several processes agree on it every ten steps."""
-        if n_ranks() == 1 or done % 10:
-            return self.interrupted and n_ranks() == 1
-        return float(mean_over_ranks(torch.tensor(float(self.interrupted), device=self.cfg.device))) > 0
+        """Has somebody asked to stop? Several processes agree on it in `sound`."""
+        return self.interrupted if n_ranks() == 1 else self.asked
 
     def sound(self, step, loss, norm, train=None):
         """May this step be taken? Not if its loss or gradient is no finite number.
 
-        Such a batch, and one whose loss is more than twice the usual, goes to odd_batches.jsonl, with the numbers of the frames
+        Such a batch, and one whose loss leaps far above the last ones, goes to odd_batches.jsonl, with the numbers of the frames
         in the footage at which its clips begin. Raises UserError after --max-skipped such steps in a row.
         """
-        loss, norm = mean_over_ranks(torch.stack([loss.detach().float(), whole(norm.detach()).float()])).tolist()
+        loss, norm, asked = mean_over_ranks(torch.stack([loss.detach().float(), whole(norm.detach()).float(), loss.new_tensor(self.interrupted).float()])).tolist()
+        self.asked = asked > 0
         finite = math.isfinite(loss) and math.isfinite(norm)
         usual = [line["loss"] for line in self.lines[-40:] if "loss" in line][-20:]
-        if not finite or len(usual) == 20 and loss > 2 * statistics.median(usual) > 0:
+        middle = statistics.median(usual or [0])
+        leap = max(abs(middle), 10 * statistics.median([abs(x - middle) for x in usual] or [0]))
+        if not finite or len(usual) == 20 and loss > middle + leap:
             where = train.first_frames(step, self.cfg.accumulate).tolist() if train else []
             line = dict(step=step + 1, loss=loss if finite else str(loss), grad_norm=norm if finite else str(norm), skipped=not finite, first_frames=where)
             self.odd.append(line)
@@ -420,10 +434,16 @@ class Run:
         """Write a line of numbers, each the mean over processes."""
         numbers = torch.tensor([float(whole(value)) for value in values.values()], device=self.cfg.device)
         line = {"step": step, **{name: round(value, 6) for name, value in zip(values, mean_over_ranks(numbers).tolist()) if math.isfinite(value)}}
+        if self.stopped(step) and step < self.planned and step % (self.cfg.sample_every if "val_loss" in values else 10):
+            line["stopped"] = True  # out of turn: a training that was not stopped does not have this line, so --resume drops it
         self.lines.append(line)
         if self.first:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def latest(self, name):
+        """The newest number of that name in the log, or nan."""
+        return next((line[name] for line in reversed(self.lines) if name in line), math.nan)
 
     def picture(self, step, picture):
         if self.first:
@@ -433,20 +453,22 @@ class Run:
         save_curves(self.lines, self.folder / "loss.png")
 
     def save(self, model, optimizer, step, n_updates, **more):
-        """The checkpoint; the one before stays beside it, and the best: of those saved right after a validation, the one with the least val_loss."""
+        """The checkpoint; the one before stays beside it, and the best: of those saved right after a validation, the one with the least val_loss.
+
+        While steps are being skipped nothing is saved: the weights themselves may be what is broken.
+        """
+        if self.skipped:
+            return
         rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
         config = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self.cfg).items()}
         metrics = self.lines[-1] if self.lines else {}
         checkpoint = dict(stage=self.stage, config=config, model=whole(model.state_dict()), optimizer=optimizer.state_dict(),
                           step=step, n_updates=n_updates, rng=rng, metrics=metrics, **more)  # fmt: skip
         if self.first:
-            save_checkpoint(self.path, checkpoint, keep_previous=self.saved is not None)
-            if self.saved is None:  # an earlier training's
-                for old in (previous_of(self.path), self.best_path):
-                    old.unlink(missing_ok=True)
-            if metrics.get("step") == step and metrics.get("val_loss", math.inf) < self.best:
+            if metrics.get("step") == step and "stopped" not in metrics and metrics.get("val_loss", math.inf) < self.best:
                 self.best = metrics["val_loss"]
-                save_checkpoint(self.best_path, checkpoint)
+                save_checkpoint(self.best_path, checkpoint)  # first: after a kill between the two it is made again
+            save_checkpoint(self.path, checkpoint, keep_previous=self.saved is not None)
             self.curves()
         self.saved = step
         if n_ranks() > 1:
@@ -454,6 +476,8 @@ class Run:
 
     def finish(self, done, n_updates, next_command):
         """Say what there is now and what to type next."""
+        if not self.path.exists():
+            return print(f"nothing was saved: no step up to {done:,} had a finite loss and gradient; see {self.folder / 'odd_batches.jsonl'}")
         print(f"{self.path} ({os.path.getsize(self.path) / 2**20:.1f} MB), step {done:,} of {n_updates:,}; pictures in {self.folder}")
         if skipped := sum(line["skipped"] for line in self.odd):
             print(f"{skipped} steps were skipped, since loss or gradient was no finite number; see {self.folder / 'odd_batches.jsonl'}")

@@ -59,7 +59,7 @@ def patches(mask):
 def striking(clips, n, among=128):
     """n clips from the half of many whose pictures have more contrast: a wall from near teaches nobody anything."""
     frames = clips.spread(among)[0]
-    best = frames.float().var(dim=(1, 2, 3, 4)).argsort(descending=True, stable=True)[: len(frames) // 2]
+    best = frames.float().mean(-1).var(dim=(1, 2, 3)).argsort(descending=True, stable=True)[: len(frames) // 2]
     return frames[best[torch.linspace(0, len(best) - 1, n).long()]]
 
 
@@ -155,7 +155,7 @@ def actions(world, clips):
     codes = torch.cat([world.lam.infer(to_float(batch)) for batch in frames.split(32)]).flatten().numpy()
     before, after = frames[:, :-1].flatten(0, 1).numpy(), frames[:, 1:].flatten(0, 1).numpy()
     flows = np.stack([optical_flow(a, b) for a, b in zip(before, after)])  # (M, H, W, 2)
-    contrast = before.reshape(len(before), -1).std(axis=1)
+    contrast = before.mean(axis=-1).std(axis=(1, 2))
 
     def draw(axes):
         for action, (arrows, first, second) in enumerate(axes.T):

@@ -16,7 +16,7 @@ import torch
 
 from models.dynamics import DynamicsModel
 from models.latent_action_model import LatentActionModel
-from models.untrusted import check_contents, check_sizes
+from models.untrusted import check_buffers, check_contents, check_pickle, check_sizes
 from models.video_tokenizer import VideoTokenizer
 
 MODELS = {"tokenizer": VideoTokenizer, "lam": LatentActionModel, "dynamics": DynamicsModel}
@@ -116,16 +116,26 @@ def is_whole(path):
         return False
 
 
+def repack(file, size):
+    """The entries of a zip file as Python reads them, as a zip file anew: what torch reads is then what was checked. Raises ValueError."""
+    archive, content = zipfile.ZipFile(file), io.BytesIO()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()) or sum(entry.file_size for entry in archive.infolist()) > size:
+        raise ValueError("it would unpack to more than it is")
+    with zipfile.ZipFile(content, "w") as again:
+        for entry in archive.infolist():
+            data = archive.read(entry)
+            if entry.filename.endswith("/data.pkl"):
+                check_pickle(data)
+            again.writestr(entry.filename, data)
+    content.seek(0)
+    return content
+
+
 def read_checkpoint(path) -> dict:
     """One file, checked: the digest, then what it unpacks to, then (no code is run) what kinds of things it holds. Raises CheckpointError."""
     try:
         with open(path, "rb") as file:
-            size = check_digest(file)
-            entries = zipfile.ZipFile(file).infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(entry.file_size for entry in entries) > size:
-                raise ValueError("it would unpack to more than it is")
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(repack(file, check_digest(file)), map_location="cpu", weights_only=True)
         check_contents(checkpoint)
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it holds more than numbers and names, and is not opened") from None
@@ -141,6 +151,7 @@ def rebuild(make, checkpoint: dict, path="the checkpoint"):
         check_sizes(checkpoint["model_args"], len(checkpoint["model"]))
         with torch.device("meta"):
             sketch = make()
+        check_buffers(sketch, checkpoint["model"])
         sketch.load_state_dict(checkpoint["model"], assign=True)
         model = make()
         model.load_state_dict(checkpoint["model"])

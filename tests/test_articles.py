@@ -120,7 +120,7 @@ def test_the_commands_of_the_extras_run(tmp_path, monkeypatch):
     lines = [line for _, line in COMMANDS if line.startswith("python extras/")]
     assert len(lines) >= 6
     for line in lines:
-        run(line.replace("--ticks 64000 --shards 4", "--ticks 800 --shards 2").replace("10000", "500"))
+        run(line.replace("--ticks 128000 --shards 8", "--ticks 800 --shards 2").replace("10000", "500"))
     assert (tmp_path / "checkpoints/vjepa/action_predictor.pt").exists()
 
 

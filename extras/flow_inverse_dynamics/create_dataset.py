@@ -14,6 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from config import Parser, UserError, make_folder, print_user_errors  # noqa: E402
+from data_utils import member  # noqa: E402
 from extras.flow_inverse_dynamics.pendulum import Sequences, read_config  # noqa: E402
 
 
@@ -30,7 +31,14 @@ def read_arrays(path, names):
             missing = [name for name in names if name not in file]
             if missing:
                 raise UserError(f"{path} has no {', '.join(missing)}; it needs {', '.join(names)}")
-            arrays = [file[name][:] for name in names]
+            arrays = [member(file, name, path) for name in names]
+            if any(array is None for array in arrays):
+                raise UserError(f"{path}: {', '.join(names)} must be datasets, and not all are")
+            arrays = [array[:] for array in arrays]
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({(str(error).splitlines() or [''])[0][:100]!r}); make it again") from None
     except OSError:
         raise UserError(f"there is no dataset at {path}; the README of this folder has the commands that make it") from None
     for name, array in zip(names, arrays):

@@ -107,8 +107,8 @@ class Player:
         self.places = [*self.places[-8:], np.array(seen["position"])]
         stuck = "w" in self.keys and len(self.places) > 8 and np.abs(self.places[-1] - self.places[0]).max() < 30  # free, it is 40 or more
         if stuck or self.left == 0:
-            self.left, chance, turn = int(rng.integers(20 if stuck else 8, 41)), rng.random(12), rng.uniform(12 if stuck else 10, 22) * rng.choice([-1, 1])
-            self.goal = turn if stuck or chance[0] < 0.9 else 0.0
+            self.left, chance, turn = int(rng.integers(20 if stuck else 8, 41)), rng.random(12), rng.uniform(12 if stuck else 4, 18) * rng.choice([-1, 1])
+            self.goal = turn if stuck or chance[0] < 0.75 else 0.0
             self.keys = {key for key, p, c in zip(["w", "s", "a", "d", "left.control", "left.shift"], [0.65, 0.1, 0.15, 0.15, 0.2, 0.05], chance[1:]) if c < p}
             self.keys -= {"w"} if stuck else {"s"} if "w" in self.keys else set()
             self.buttons = {button for button, p, c in zip([0, 1], [0.12, 0.05], chance[7:]) if c < p}

@@ -20,12 +20,14 @@ import numpy as np
 import torch
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif")  # no lists of other files
 import cv2  # noqa: E402
 
 from config import UserError  # noqa: E402
 from models.distributed import n_ranks, rank  # noqa: E402
 
 RATE = 20  # frames and lines per second of a recording
+LARGEST = 1 << 30  # bytes of a member of a shard; a recording of five minutes has a hundredth
 DEGREES_PER_PIXEL = 0.15  # how far the view turns when the mouse moves by one, as long as no menu is open
 
 # The 38 numbers of an action. The seed calls its table 36-D, but it counts dimensions 0-37, and gives two names, shift and ctrl, to the three
@@ -52,7 +54,8 @@ class Problems:
             return
         self.known.add((kind, what))
         self.counts[kind] += 1
-        print(f"skipped {what}: {kind}", file=sys.stderr)
+        text = f"skipped {what}: {kind}"[:300]
+        print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr)
         if self.counts.total() > self.limit:
             kinds = ", ".join(f"{n} × {kind}" for kind, n in self.counts.items())
             raise UserError(f"more than {self.limit} problems in the recordings ({kinds}); mend them, or raise --max-problems")
@@ -204,9 +207,12 @@ def recordings(shard, problems, want_video=True):
                     name, parts = stem, {}
                 if kind.lower() in parts:
                     problems.add(f"a second {kind} of that name", f"{member.name} in {shard}")
+                if member.issparse() or member.size > LARGEST:  # a few bytes can claim to be any number of them
+                    problems.add(f"it claims {member.size:,} bytes", f"{member.name} in {shard}")
+                    continue
                 content = tar.extractfile(member)
                 parts[kind.lower()] = content.read() if want_video or kind.lower() == "jsonl" else None
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         problems.add(f"the tar ends early or is damaged ({error})", f"the rest of {shard}")
         parts = parts if len(parts) == 2 else {}
     if complete():
