@@ -228,7 +228,8 @@ def check(cfg):
                  "grad_clip", "max_skipped", "sample_every", "save_every", "frame_size"):  # fmt: skip
         need(getattr(cfg, name, 1) > 0, f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name, 1)}")
         need(getattr(cfg, name, 1) < 2**31, f"--{name.replace('_', '-')} must be below 2,147,483,648, got {getattr(cfg, name, 1)}")
-    need(0 <= cfg.seed < 2**63, f"--seed must not be negative, nor beyond 64 bits, got {cfg.seed}")
+    need(cfg.seed >= 0, f"--seed must not be negative, got {cfg.seed}")
+    need(cfg.seed < 2**63, f"--seed must fit into 64 bits, got {cfg.seed}")
     for name, largest in (("embed_dim", 65536), ("hidden_dim", 65536), ("context_length", 256), ("frame_size", 8192)):
         need(getattr(cfg, name) <= largest, f"--{name.replace('_', '-')} must be at most {largest:,}, got {getattr(cfg, name)}")
     need(cfg.out, "say where the world is to be saved, for example --out checkpoints/pong")

@@ -99,7 +99,8 @@ def read_run(path, world):
     except (OSError, ValueError, KeyError, TypeError, binascii.Error, RecursionError):
         raise UserError(f"{path} is not a run that this project saved; save one with --save run.json or on the page") from None
     if run["world"] != world.identity:
-        raise UserError(f"{path} was played in world {str(run['world'])[:40]!r}, this is {world.identity!r}; name its folder with --checkpoint")
+        other = "".join(c for c in str(run["world"])[:40] if c.isprintable())
+        raise UserError(f"{path} was played in world {other}, this is {world.identity}; name its folder with --checkpoint")
     if shape[1:] != [*world.frame_size, 3] or max(actions, default=0) >= world.n_actions:
         raise UserError(f"{path} has frames or actions that this world does not know")
     world = copy.copy(world)

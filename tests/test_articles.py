@@ -96,6 +96,7 @@ def run(line):
     return module.main([*options, *SMALL.get(script, [])])
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_spine_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(validate, "classify_buttons", lambda sizes, rest, frames, *_: frames[:, 1:, 0, 0, 0].long())  # the ceiling is a training of its own

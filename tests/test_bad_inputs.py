@@ -550,7 +550,7 @@ RUNS = {
     "a clip of a thousand frames": (lambda run: run | {"shape": [1000, 16, 16, 3], "clip": base64.b64encode(bytes(768_000)).decode()}, "not a run that this project saved"),
     "a negative shape": (lambda run: run | {"shape": [-1, 16, 16, 3]}, "not a run that this project saved"),
     "a shape of texts": (lambda run: run | {"shape": list("abcd")}, "not a run that this project saved"),
-    "of another world": (lambda run: run | {"world": "00000000"}, "was played in world '00000000', this is"),
+    "of another world": (lambda run: run | {"world": "00000000"}, "was played in world 00000000, this is"),
     "a world of escape codes": (lambda run: run | {"world": "\x1b[2J"}, r"was played in world"),
     "an action that is not there": (lambda run: run | {"actions": [99]}, "frames or actions that this world does not know"),
     "frames of another size": (lambda run: run | {"shape": [1, 48, 16, 3]}, "frames or actions that this world does not know"),
