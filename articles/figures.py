@@ -428,6 +428,29 @@ def growth():
     plot("5_growth", (7, 2.8), draw, ncols=2)
 
 
+# --- 6 and 7: neighbours ------------------------------------------------------------------------------------------
+def neighbours():
+    """What the extras measured: distances to a known distribution, and errors of a rollout in feature space."""
+    flow, jepa = results("flow_inverse_dynamics"), results("vjepa_ac")
+    names = ("another draw of the truth", "flow", "MLP", "nearest neighbour", "least squares")
+
+    def bars(axes):
+        for i, (system, label) in enumerate((("two_branch", "two branches"), ("pendulum_clipped", "clipped pendulum"))):
+            axes.bar(np.arange(len(names)) + 0.4 * i - 0.2, [flow[f"{system}/{name}/wasserstein"] for name in names], 0.4, label=label)
+        axes.set_xticks(range(len(names)), ["the truth,\ndrawn again", "flow", "regression\n(MLP)", "nearest\nneighbour", "regression\n(least squares)"], fontsize=8)
+        axes.set_ylabel("Wasserstein distance to the truth")
+        axes.legend(frameon=False)
+
+    def curves(axes):
+        for name, label, style in (("copy", "nothing changes", "k:"), ("other actions", "told another clip's actions", "C1--"), ("predicted", "predicted", "C0-")):
+            axes.plot(range(1, 5), [jepa[f"prediction/{name}/step_{i}"] for i in range(1, 5)], style, marker="o", label=label)
+        axes.set(xlabel="tubelets ahead (0.4 s each)", ylabel="error of the features", xticks=range(1, 5), ylim=(0, None))
+        axes.legend(frameon=False)
+
+    plot("6_distances", (5.5, 3), bars)
+    plot("7_errors", (4.5, 3), curves)
+
+
 # --- the text ----------------------------------------------------------------------------------------------------
 CITED = re.compile(r"(−?[\d,]*\.?\d+)<!--([\w./-]+):([^>]+?)( x100)?-->")  # 0.41<!--ablation:lam/nmi-->: the number of that name in results/ablation.json
 
@@ -462,6 +485,7 @@ def main(argv=None):
         numbers = measure()
     roofline(numbers)
     growth()
+    neighbours()
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/doom-maze.h5"
         record.main(["doom-maze", "--frames", str(args.frames), "--seed", "3000", "--out", path])
