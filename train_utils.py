@@ -478,7 +478,7 @@ class Run:
         """Say what there is now and what to type next."""
         if not self.path.exists():
             return print(f"nothing was saved: no step up to {done:,} had a finite loss and gradient; see {self.folder / 'odd_batches.jsonl'}")
-        print(f"{self.path} ({os.path.getsize(self.path) / 2**20:.1f} MB), step {done:,} of {n_updates:,}; pictures in {self.folder}")
+        print(f"{self.path} ({os.path.getsize(self.path) / 2**20:.1f} MB), step {self.saved or done:,} of {n_updates:,}; pictures in {self.folder}")
         if skipped := sum(line["skipped"] for line in self.odd):
             print(f"{skipped} steps were skipped, since loss or gradient was no finite number; see {self.folder / 'odd_batches.jsonl'}")
         print("stopped; the same command with --resume goes on" if done < n_updates else f"next: {next_command}")
