@@ -296,8 +296,9 @@ class Clips(torch.utils.data.IterableDataset):
         out = set(itertools.islice(shuffle(itertools.count(), self.buffer, rngs[0]), first))
         numbered = ((None if i in out else clip) for i, clip in enumerate(self.clips(mine, readers, out)))
         for position, clip in enumerate(shuffle(numbered, self.buffer, rngs[1]), 1):
-            if position > first and clip is not None:
-                yield {**clip, "worker": mine, "position": position}
+            if position > first and clip is not None:  # only now is it put together: in the buffer, clips share their pictures
+                name, *parts = clip
+                yield {**self.process(*parts), "name": name, "worker": mine, "position": position}
 
     def clips(self, mine, readers, out):
         """This reader's clips in the order of the shards; None for one whose number is in `out`, or that turns out broken."""
@@ -341,7 +342,7 @@ class Clips(torch.utils.data.IterableDataset):
                     problems.add(f"its video ends or is damaged after {video.at + 1} of {n} frames", name)
                     yield from [None] * (len(starts) - starts.index(start))
                     return
-                yield {**self.process([frames[t] for t in range(start, start + span, stride)], ticks, start), "name": name}
+                yield name, [frames[t] for t in range(start, start + span, stride)], ticks, start
                 frames = {t: frame for t, frame in frames.items() if t > start}
 
 
