@@ -117,7 +117,7 @@ def main(argv=None):
 
         done = step + 1
         last = done == n_updates or run.stopped(done)
-        if done % 20 == 0 or last:
+        if done % 50 == 0 or last:
             with torch.no_grad(), autocast():  # the other clips' actions: as long as that makes no difference, the actions do nothing
                 other = model(batch[0], batch[1].roll(1, 0), batch[2])[0]
             run.log(done, loss=forced.detach() + rolled.detach(), forced=forced.detach(), rollout=rolled.detach(), other_actions=other, copy=copy,
