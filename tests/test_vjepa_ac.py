@@ -154,6 +154,23 @@ def test_pictures_and_lines_stay_in_step(shards):
         assert np.allclose(clip["states"][:, 0], vpt.wrap(np.array(seen[::2]) % 360.0))
 
 
+def test_a_mirrored_clip_is_a_clip_of_the_mirrored_game(shards):
+    rng = np.random.default_rng(1)
+    frames, swap = list(rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)), {"a": "d", "d": "a"}
+    played = [dict(dx=int(rng.integers(-9, 9)), dy=i, yaw=3.0 * i, pitch=i / 2, keys=[str(rng.choice(["a", "d", "w"]))], buttons=[0], hotbar=2) for i in range(61)]
+    other = [{**line, "dx": -line["dx"], "yaw": -line["yaw"], "keys": [swap.get(key, key) for key in line["keys"]]} for line in played]
+    for D in (13, 38):
+        process = ProcessVPT(size=32, action_dim=D, statistics=([1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6, 7]))
+        mirrored = process(frames, Ticks("\n".join(tick(**line) for line in played)), 0, mirrored=True)
+        expected = process([frame[:, ::-1] for frame in frames], Ticks("\n".join(tick(**line) for line in other)), 0)
+        assert all(np.allclose(mirrored[name], expected[name], atol=1e-5) for name in expected)
+    some = lambda mirror: [clip["video"][0, 0] for clip in Clips(shards[:1], ProcessVPT(size=32), every=10, buffer=3, epochs=1, mirror=mirror)]  # noqa: E731
+    plain, half, all_of_them = some(0.0), some(0.5), some(1.0)
+    assert all(np.array_equal(a, b[:, ::-1]) for a, b in zip(plain, all_of_them))
+    turned = [np.array_equal(a, b[:, ::-1]) for a, b in zip(plain, half)]
+    assert 0.2 < np.mean(turned) < 0.8 and all(t or np.array_equal(a, b) for t, a, b in zip(turned, plain, half))
+
+
 def firsts(stream):
     return [(name, number_of(frame)) for batch in stream for name, frame in zip(batch["name"], batch["video"][:, 0].permute(0, 2, 3, 1).numpy())]
 

@@ -83,6 +83,7 @@ def parser_of(description):
     parser.add_argument("--fps", type=int, default=5, help="frames per second of a clip [5]")
     parser.add_argument("--every", type=int, default=64, help="ticks from the start of one clip to the next one's [64]")
     parser.add_argument("--buffer", type=int, default=64, help="clips that are mixed [64]")
+    parser.add_argument("--mirror", type=float, default=0.0, help="share of the clips in which left and right change places [0]")
     parser.add_argument("--workers", type=int, default=1, help="processes that read [1]")
     parser.add_argument("--max-problems", type=int, default=100, help="broken recordings, lines and unknown keys before it stops [100]")
     parser.add_argument("--n-updates", type=int, default=2000, help="[2000]")
@@ -104,8 +105,8 @@ def parse(parser, stage, argv):
     for name in ("num_frames", "fps", "every", "workers", "n_updates", "batch_size", "learning_rate", "save_every", "max_problems"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name)}")
-    if min(cfg.buffer, cfg.seed) < 0:
-        raise UserError(f"--buffer {cfg.buffer} and --seed {cfg.seed} must not be negative")
+    if min(cfg.buffer, cfg.seed) < 0 or not 0 <= cfg.mirror <= 1:
+        raise UserError(f"--buffer {cfg.buffer} and --seed {cfg.seed} must not be negative, and --mirror must lie in 0 … 1, got {cfg.mirror}")
     if cfg.num_frames % TUBELET:
         raise UserError(f"--num-frames must be even, got {cfg.num_frames}: a tubelet has {TUBELET}")
     cfg.device = str(choose_device(cfg.device))
@@ -116,7 +117,7 @@ def parse(parser, stage, argv):
 
 def reading(cfg):
     """What must not change for a resumed stream to go on with the next clip."""
-    return {name: getattr(cfg, name) for name in ("data", "num_frames", "fps", "every", "buffer", "workers", "seed")} | {"processes": n_ranks()}
+    return {name: getattr(cfg, name) for name in ("data", "num_frames", "fps", "every", "buffer", "mirror", "workers", "seed")} | {"processes": n_ranks()}
 
 
 class Stream:
@@ -124,7 +125,7 @@ class Stream:
 
     def __init__(self, cfg, process, shards, passed=None):
         self.passed, self.device, self.waited, self.began = dict(passed or {}), cfg.device, 0.0, time.perf_counter()
-        clips = Clips(shards, process, cfg.every, cfg.buffer, cfg.seed, max_problems=cfg.max_problems, passed=self.passed)
+        clips = Clips(shards, process, cfg.every, cfg.buffer, cfg.seed, max_problems=cfg.max_problems, passed=self.passed, mirror=cfg.mirror)
         self.batches = batches(clips, cfg.batch_size, cfg.workers)
 
     def positions(self):

@@ -39,7 +39,7 @@ DEGREES_PER_PIXEL = 0.15  # how far the view turns when the mouse moves by one, 
 #   28-36  the slot of the hotbar at the start, one-hot                          37     a menu is open at the start
 NAMES = [*"123456789", *"wasd", "space", "q", "f", "e", "escape", "left.shift", "left.control", "right.shift"]
 KEYS = {f"key.keyboard.{name}": 4 + i for i, name in enumerate(NAMES)}
-BUTTON, SLOT, GUI = 25, 28, 37
+SIDES, BUTTON, SLOT, GUI = [KEYS["key.keyboard.a"], KEYS["key.keyboard.d"]], 25, 28, 37
 LAYOUTS = {13: list(range(13)), 36: [i for i in range(38) if i not in (24, 37)], 38: list(range(38))}
 
 
@@ -150,11 +150,16 @@ class ProcessVPT:
         actions[..., :4] = (actions[..., :4] - self.mean[:4]) / self.std[:4]
         return actions[..., LAYOUTS[self.action_dim]], (states - self.mean[4:]) / self.std[4:]
 
-    def __call__(self, frames, ticks, start):
-        """frames: those of the sample, uint8 (T, S, S, 3)."""
+    def __call__(self, frames, ticks, start, mirrored=False):
+        """frames: those of the sample, uint8 (T, S, S, 3). mirrored: left and right change places, in the pictures, the turn and the keys a and d."""
         tubelets = self.num_frames // self.frameskip
-        actions, states = self.standardise(self.actions(ticks, start), ticks.state[start + np.arange(tubelets) * self.skip])
-        return {"video": np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2)), "actions": actions, "states": states}
+        video, actions, states = np.stack(frames), self.actions(ticks, start), ticks.state[start + np.arange(tubelets) * self.skip]
+        if mirrored:
+            video, states = video[:, :, ::-1], states * np.float32([-1, 1])
+            actions[:, [0, 2]] *= -1
+            actions[:, SIDES] = actions[:, SIDES[::-1]]
+        actions, states = self.standardise(actions, states)
+        return {"video": np.ascontiguousarray(video.transpose(0, 3, 1, 2)), "actions": actions, "states": states}
 
 
 # --- shards ------------------------------------------------------------------------------------------------------
@@ -274,12 +279,13 @@ class Clips(torch.utils.data.IterableDataset):
     """The samples of many shards as a stream, for a DataLoader with any number of workers.
 
     every: ticks from the start of one clip to the next one's; buffer: clips that are mixed, 0 to read in order, from the first tick on, instead of
-    shards in random order and another beginning each epoch; epochs: how often, or None for ever. A sample has three entries more: `name` of
-    its recording, `worker` and `position`, how many clips that worker has passed. `passed`, {worker: position}, goes on from there.
+    shards in random order and another beginning each epoch; epochs: how often, or None for ever; mirror: share of the clips that come mirrored.
+    A sample has three entries more: `name` of its recording, `worker` and `position`, how many clips that worker has passed.
+    `passed`, {worker: position}, goes on from there.
     """
 
-    def __init__(self, shards, process, every=64, buffer=64, seed=0, epochs=None, max_problems=100, passed=None):
-        self.shards, self.process, self.every, self.buffer = shards, process, every, buffer
+    def __init__(self, shards, process, every=64, buffer=64, seed=0, epochs=None, max_problems=100, passed=None, mirror=0.0):
+        self.shards, self.process, self.every, self.buffer, self.mirror = shards, process, every, buffer, mirror
         self.seed, self.epochs, self.max_problems, self.passed = seed, epochs, max_problems, passed or {}
         self.rank, self.n_ranks = rank(), n_ranks()
 
@@ -298,7 +304,8 @@ class Clips(torch.utils.data.IterableDataset):
         for position, clip in enumerate(shuffle(numbered, self.buffer, rngs[1]), 1):
             if position > first and clip is not None:  # only now is it put together: in the buffer, clips share their pictures
                 name, *parts = clip
-                yield {**self.process(*parts), "name": name, "worker": mine, "position": position}
+                mirrored = np.random.default_rng([self.seed, mine, position]).random() < self.mirror
+                yield {**self.process(*parts, mirrored), "name": name, "worker": mine, "position": position}
 
     def clips(self, mine, readers, out):
         """This reader's clips in the order of the shards; None for one whose number is in `out`, or that turns out broken."""
