@@ -2,6 +2,7 @@
 
     python bench.py --json results/bench.json
     python bench.py --peer-size --peer ../tinyworlds    # at the sizes of a public peer, and the peer itself in the same run
+    python bench.py --large                             # for GPUs: a dynamics model of 140 M parameters, and what each trick brings it
 
 Models have random weights and the footage is the dummy world: speed does not depend on either. Training steps are whole ones (data,
 forward, backward, clipping, optimizer); utilisation is their matrix-product FLOPs per second over what this machine reaches on one large
@@ -12,6 +13,8 @@ import resource
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import PRESETS, DynamicsConfig, Parser, TokenizerConfig, UserError, choose_device, make_folder, print_user_errors
-from data_utils import Clips, Footage, TokenClips, dummy_world, to_float
+from data_utils import Clips, TokenClips, dummy_world, open_footage, to_float
 from models.dynamics import DynamicsModel
 from models.latent_action_model import LatentActionModel
 from models.st_transformer import SpatioTemporalTransformer, causal_band
@@ -31,6 +34,7 @@ from play import DEFAULT
 from speedrun import describe_device, git_commit
 from train_utils import autocast_on, make_optimizer, reuse_memory, wrap
 
+LARGE = dict(embed_dim=1024, hidden_dim=4096, n_heads=16, n_blocks=6)
 PEER = dict(batch_size=8, context_length=4, embed_dim=128, hidden_dim=512, n_heads=4, n_blocks=4, steps=10, temperature=1.0)
 
 
@@ -72,10 +76,10 @@ def build(settings, device):
     }
 
 
-def bench_training(models, cfg, device, autocast, ceilings):
+def bench_training(models, footage, cfg, device, autocast, ceilings):
     """Whole training steps of each stage, and of the dynamics model also without the token cache."""
     result, waits = {}, []
-    clips = Clips(Footage(*dummy_world(), name="dummy"), "train", cfg.context_length, cfg.batch_size)
+    clips = Clips(footage, "train", cfg.context_length, cfg.batch_size)
     tokenizer, lam = models["tokenizer"], models["lam"]
 
     @torch.no_grad()
@@ -123,6 +127,62 @@ def bench_training(models, cfg, device, autocast, ceilings):
     return result | {"train/data_wait": max(waits)}
 
 
+def bandwidth(device):
+    """Bytes per second of copying one large tensor."""
+    a = torch.empty(1 << (28 if device.type == "cuda" else 24), device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / seconds(lambda: b.copy_(a), device)[0]
+
+
+def per_block(model):
+    for block in model.transformer.blocks:
+        block.compile()
+    return model
+
+
+def bench_pieces(sizes, cfg, device, autocast, peak):
+    """Steps of a dynamics model on tokens that lie on the device: against the roof, and what each thing brings, as its step's time over the usual one's."""
+    T, N = cfg.context_length, 64
+    tokens, actions = torch.randint(1024, (cfg.batch_size, T, N), device=device), torch.randint(8, (cfg.batch_size, T - 1), device=device)
+
+    def step_of(change=lambda model: model, batch=cfg.batch_size, unfused=False, **settings):
+        model = DynamicsModel(grid=[8, 8], levels=[4] * 5, n_actions=8, context_length=T, **sizes).to(device)
+        optimizer, network = make_optimizer(model, replace(cfg, **settings)), wrap(model, replace(cfg, compile=False, **settings))
+        network = change(network)
+        for group in optimizer.param_groups if unfused else ():
+            group["fused"] = False
+
+        def step():
+            with autocast():
+                loss, _ = network(tokens[:batch], actions[:batch])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step, model
+
+    def time_of(**changes):
+        return median(seconds(step_of(**changes)[0], device))
+
+    usual, model = step_of()
+    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+        usual()
+    usual, parameters = median(seconds(usual, device)), sum(p.numel() for p in model.parameters())
+    moved = 4 * 8 * parameters  # weights, gradients and two moments, read and written: what a step of any batch must move at least
+    result = {"parameters": parameters, "step_ms": 1e3 * usual, "frames_per_s": cfg.batch_size * T / usual, "utilisation": flops.get_total_flops() / usual / peak,
+              "roof_ms": 1e3 * max(flops.get_total_flops() / peak, moved / bandwidth(device))}  # fmt: skip
+    del model
+    rows = {"AdamW instead of Muon": dict(optimizer="adamw"), "AdamW, not fused": dict(optimizer="adamw", unfused=True), "activations recomputed": dict(recompute=True)}
+    if cfg.compile or device.type == "cuda":
+        rows |= {"compiled whole": dict(change=torch.compile), "compiled per block": dict(change=per_block)}
+    result |= {f"time/{name}": time_of(**changes) / usual for name, changes in rows.items()}
+    with sdpa_kernel(SDPBackend.MATH):
+        result["time/attention not fused"] = time_of() / usual
+    result["time/half the batch, per clip"] = 2 * time_of(batch=cfg.batch_size // 2) / usual
+    return {f"pieces/{name}": value for name, value in result.items()}
+
+
 def make_world(models, cfg):
     return WorldModel(*(models[stage].eval() for stage in ("tokenizer", "lam", "dynamics")), steps=cfg.steps, temperature=cfg.temperature)
 
@@ -130,14 +190,18 @@ def make_world(models, cfg):
 def bench_play(models, cfg, device, autocast):
     """Frames per second for 1, 8 and 64 worlds at once; the shipped world as it is."""
     result, frames, world = {}, torch.from_numpy(dummy_world(300)[0]), make_world(models, cfg)
-    for n in (1, 8, 64):
+    for n in (1, 8, 64, 256) if device.type == "cuda" else (1, 8, 64):
         with autocast_on(device, "float32")() if n == 1 else autocast():  # bfloat16 pays from a few worlds on
             world.reset(torch.stack([frames[i : i + 4] for i in range(n)]))
-            times = seconds(lambda n=n: world.step([1] * n), device, repeats={1: 200, 8: 20, 64: 6}[n])
+            times = seconds(lambda n=n: world.step([1] * n), device, repeats={1: 200, 8: 20}.get(n, 6))
         result[f"play/fps_b{n}"] = n / median(times)
         if n == 1:
             result |= {"play/latency_p50_ms": 1e3 * median(times), "play/latency_p99_ms": 1e3 * times[int(0.99 * len(times))]}
     result["play/batch_gain_b64"] = result["play/fps_b64"] / result["play/fps_b1"]
+    if device.type == "cuda":  # the same step, not recorded as a CUDA graph
+        world = WorldModel(world.tokenizer, world.lam, world.dynamics, steps=cfg.steps, temperature=cfg.temperature, capture=False)
+        world.reset(frames[:4])
+        result["play/graph_gain"] = median(seconds(lambda: world.step(1), device, repeats=100)) / (result["play/latency_p50_ms"] / 1e3)
     shipped = WorldModel.load(DEFAULT, device)
     shipped.reset(shipped.start_frames[0])
     return result | {"play/shipped_fps": 1 / median(seconds(lambda: shipped.step(1), device, repeats=100))}
@@ -248,6 +312,10 @@ def main(argv=None):
     parser.add_argument("--preset", default="", help="sizes to measure at [what the device suggests]")
     parser.add_argument("--peer-size", action="store_true", help="64×64, patch 8, E 128, hidden 512, 4 blocks, 8 clips of 4 frames, 10 MaskGIT passes")
     parser.add_argument("--peer", default="", metavar="FOLDER", help="a clone of tinyworlds to measure in the same run")
+    parser.add_argument("--large", action="store_true", help="only a dynamics model of 140 M parameters, with --batch-size clips a step")
+    parser.add_argument("--pieces", action="store_true", help="also what each trick brings the dynamics model of these sizes")
+    parser.add_argument("--batch-size", type=int, default=0, help="clips a step [the preset's]")
+    parser.add_argument("--data-path", default="", metavar="FILE", help="footage to train on, for the time that training waits for it [the dummy world]")
     parser.add_argument("--age", type=int, default=1000, help="frame whose latency is compared with frame 20's [1000]")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", default="", metavar="FILE")
@@ -259,6 +327,8 @@ def main(argv=None):
         raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
     if args.age < 100:
         raise UserError(f"--age must be at least 100 frames, got {args.age}")
+    if args.batch_size < 0 or args.batch_size == 1:
+        raise UserError(f"--batch-size must be at least 2, got {args.batch_size}")
     if args.json:
         make_folder(Path(args.json).parent)
     reuse_memory()
@@ -269,27 +339,32 @@ def main(argv=None):
         return PEER[name] if args.peer_size else {**common, **stages[stage]}.get(name, getattr(DynamicsConfig if stage == "dynamics" else TokenizerConfig, name))
 
     chosen = {name: settings("dynamics", name) for name in PEER} | dict(compile=args.compile, out="-", device=str(device))
+    chosen |= (LARGE if args.large else {}) | ({"batch_size": args.batch_size} if args.batch_size else {})
     cfg = DynamicsConfig(**chosen)
+    footage = open_footage(Namespace(data_path=args.data_path, data_type="auto", use_dummy_data=not args.data_path, frame_size=64))
     autocast = autocast_on(device)
-    peer = [bench_peer(args.peer)] if args.peer else []
+    peer = [bench_peer(args.peer)] if args.peer and not args.large else []
     ceilings = {str(dtype)[6:]: ceiling(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     report = {f"ceiling/{name}_gflops": value / 1e9 for name, value in ceilings.items()}
-    models = build(settings, device)
-    report |= bench_training(models, cfg, device, autocast, ceilings)
-    report |= bench_play(models, cfg, device, autocast)
-    if args.peer:  # just before and just after: what else the machine does hits both
-        peer.append(bench_peer(args.peer))
-    report |= bench_age(models, cfg, device, args.age) | bench_growth(device) | bench_attention(device)
+    if args.large or args.pieces:
+        sizes = {name: getattr(cfg, name) for name in LARGE}
+        report |= bench_pieces(sizes, cfg, device, autocast, 1e9 * report[f"ceiling/{'bfloat16' if autocast.keywords['enabled'] else 'float32'}_gflops"])
+    if not args.large:
+        models = build(settings, device)
+        report |= bench_training(models, footage, cfg, device, autocast, ceilings)
+        report |= bench_play(models, cfg, device, autocast)
+        if args.peer:  # just before and just after: what else the machine does hits both
+            peer.append(bench_peer(args.peer))
+        report |= bench_age(models, cfg, device, args.age) | bench_growth(device) | bench_attention(device)
     report["memory/peak_mb"] = peak_memory(device)
-    if args.peer:
-        for name in peer[0]:
-            report[f"peer/{name}"] = sum(run[name] for run in peer) / 2
-            report[f"ratio/{name}"] = report[name] / report[f"peer/{name}"]
+    for name in peer[0] if peer else ():
+        report[f"peer/{name}"] = sum(run[name] for run in peer) / 2
+        report[f"ratio/{name}"] = report[name] / report[f"peer/{name}"]
 
     for name, value in report.items():
         print(f"{name:44} {value:10.4g}")
     if args.json:
-        report |= {"device": describe_device(), "torch": str(torch.__version__), "commit": git_commit(), "preset": "peer" if args.peer_size else preset,
+        report |= {"device": describe_device(), "torch": str(torch.__version__), "commit": git_commit(), "preset": "large" if args.large else "peer" if args.peer_size else preset,
                    "command": " ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)])}  # fmt: skip
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     return report

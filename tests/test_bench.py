@@ -22,10 +22,26 @@ def test_it_measures_every_stage_play_and_growth(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "new" / "bench.json").read_text())["device"] == report["device"]
 
 
+@pytest.mark.slow
+def test_it_takes_a_training_step_to_pieces(tmp_path, monkeypatch):
+    seconds, steps = bench.seconds, []
+    monkeypatch.setattr(bench, "seconds", lambda action, device, repeats=12, warm_up=4: steps.append(seconds(action, device, 2, 1)) or steps[-1])
+    monkeypatch.setattr(bench, "LARGE", dict(embed_dim=32, hidden_dim=64, n_heads=2, n_blocks=1))
+    report = bench.main(["--preset", "tiny", "--large", "--batch-size", "4", "--compile", "--json", str(tmp_path / "bench.json")])
+    pieces = {name.removeprefix("pieces/"): value for name, value in report.items() if name.startswith("pieces/")}
+    assert set(pieces) == {"parameters", "step_ms", "frames_per_s", "utilisation", "roof_ms", "time/AdamW instead of Muon", "time/AdamW, not fused", "time/activations recomputed",
+                           "time/compiled whole", "time/compiled per block", "time/attention not fused", "time/half the batch, per clip"}  # fmt: skip
+    assert all(0 < value < 1e12 for value in pieces.values()) and pieces["roof_ms"] < pieces["step_ms"]
+    assert pieces["frames_per_s"] == pytest.approx(4 * 4 / (pieces["step_ms"] / 1e3))
+    assert report["preset"] == "large" and "play/fps_b1" not in report
+
+
 def test_bad_options():
     for options, message in [
         (["--preset", "huge"], "unknown preset 'huge'"),
         (["--age", "5"], "--age must be at least 100 frames, got 5"),
+        (["--batch-size", "1"], "--batch-size must be at least 2, got 1"),
+        (["--data-path", "nowhere.h5"], "no such file or folder: nowhere.h5"),
         (["--peer", "nowhere", "--preset", "tiny"], "--peer nowhere cannot be measured"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
     ]:

@@ -1,4 +1,5 @@
 """The two scripts behind the README's table and the shipped worlds, in miniature."""
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from models.world_model import WorldModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 import ablate  # noqa: E402
+import flagship  # noqa: E402
 import ship  # noqa: E402
 
 
@@ -81,3 +83,26 @@ def test_a_shipped_world_is_smaller_and_plays_alike(world_dir, recording, tmp_pa
     assert difference.mean() < 3
     card = (out / "card.md").read_text()
     assert "python speedrun.py pong" in card and "01234567" in card and "| dynamics/delta_psnr_t4 |" in card
+
+
+@pytest.mark.slow
+def test_a_flagship_has_a_curve_and_a_line(recording, tmp_path, monkeypatch):
+    def run(script, *options):  # here, not in a process of its own
+        importlib.import_module(script.removesuffix(".py")).main(list(map(str, options)))
+
+    monkeypatch.setattr(flagship, "run", run)
+    monkeypatch.setattr(ship.validate, "classify_buttons", lambda sizes, rest, frames, *_: frames[:, 1:, 0, 0, 0].long())  # not the ceiling six times
+    out = tmp_path / "results.json"
+    options = ["--data-path", recording, "--test", recording, "--out", str(tmp_path / "worlds"), "--preset", "tiny", "--json", str(out),
+               "--minutes", "0.02", "0.05", "--widths", "16", "32", "--n-updates", "3"]  # fmt: skip
+    results = flagship.main(options)
+    assert json.loads(out.read_text()) == results and out.with_suffix(".png").stat().st_size > 1000
+    assert 0.01 < results["curve/0.02/wall_minutes"] and np.isfinite(results["curve/0.05/dynamics/delta_psnr_t4"])
+    saved = load_checkpoint(tmp_path / "worlds/width-32-data-0.25/dynamics.pt", "dynamics")
+    assert saved["model_args"]["embed_dim"] == 32 and results["scaling/32/1/pflops"] > results["scaling/16/1/pflops"]
+    x, y = (np.log10([results[f"scaling/{width}/1/{name}"] for width in (16, 32)]) for name in ("pflops", "loss"))
+    assert results["scaling/slope"] == pytest.approx(np.diff(y)[0] / np.diff(x)[0])  # two points lie on their line
+    monkeypatch.setattr(flagship, "run", None)
+    assert flagship.main(options) == results  # nothing is trained twice
+    with pytest.raises(UserError, match="nowhere.h5 is no HDF5 file"):
+        flagship.main([*options, "--test", "nowhere.h5"])
