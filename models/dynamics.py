@@ -25,8 +25,8 @@ class DynamicsModel(nn.Module):
     A token enters as its FSQ code together with the codes around it (`token_kernel`): where the camera moves, what comes
     next at a place stands beside it now, and attention over the frames of one place would not find it.
 
-    objective "ce" is the model above. "mse" is the article's first trainer (seed 002): the action's latent is added to
-    the frame's latents, and the next frame's latents are regressed; no masks, no sampling, blurred where unsure.
+    objective "ce" is the model above. "mse" is the article's first trainer (seed 002): the action's embedding is added
+    to the tokens', and the numbers of the next frame's codes are regressed; no masks, no sampling, blurred where unsure.
     """
 
     def __init__(

@@ -5,7 +5,7 @@
   * space has absolute positions, time has rotary ones (arXiv:2104.09864), so only distances between frames matter
   * an optional condition per frame enters through adaptive layer norm
   * finished frames can stay behind as cached keys and values: a new frame then costs the same at any age
-  * residual branches end in zero-initialised projections: the untrained stack is the identity
+  * residual branches end in zero-initialised projections: the untrained stack is the identity, up to its last norm
 """
 import torch
 import torch.nn.functional as F
@@ -87,8 +87,8 @@ def causal_band(n_queries: int, n_keys: int, context_length: int, device=None):
 def attend(q, k, v, mask=None):
     """softmax(q·kᵀ/√d)·v over (batch, heads, S, d); mask is boolean, True where a query may look.
 
-    Fused or plain is decided here. On CUDA the fused kernel is the better one. On a CPU it takes 0.2 to 0.8 of the plain form's time in
-    float32 but 2.6 to 9 times as long in bfloat16, which it computes in float32 (2 cores, AVX512-BF16; 64 patches or 4 to 32 frames, forward
+    Fused or plain is decided here. On CUDA the fused kernel is the better one. On a CPU it takes 0.15 to 0.5 of the plain form's time in
+    float32 but 2.7 to 10 times as long in bfloat16, which it computes in float32 (2 cores, AVX512-BF16; 64 patches or 4 to 32 frames, forward
     and backward; `python bench.py` measures it again).
     """
     if q.device.type == "cuda" or q.dtype == torch.float32:
