@@ -27,10 +27,13 @@ import train_lam  # noqa: E402
 from action_table import optical_flow  # noqa: E402
 from config import Parser, make_folder, print_user_errors  # noqa: E402
 from data_utils import Clips, open_footage, to_float, to_uint8  # noqa: E402
+from extras.flow_inverse_dynamics.model import FlowInverseDynamics  # noqa: E402
+from extras.vjepa_ac.model import ActionPredictor, Encoder  # noqa: E402
 from models.checkpoint import build_model, load_checkpoint  # noqa: E402
 from models.dynamics import maskgit_decode  # noqa: E402
 from models.fsq import FiniteScalarQuantizer  # noqa: E402
-from models.st_transformer import SpatioTemporalTransformer  # noqa: E402
+from models.latent_action_model import MOVES  # noqa: E402
+from models.st_transformer import SpatioTemporalPositionalEncoding, SpatioTemporalTransformer  # noqa: E402
 from models.world_model import WorldModel  # noqa: E402
 from pictures import grid, labelled_grid, save_png  # noqa: E402
 from speedrun import describe_device, git_commit  # noqa: E402
@@ -148,6 +151,25 @@ def attention(world, clips):
     return {}
 
 
+def rotary(world, clips):
+    """One query and one key, the same in every frame, turned by the angles of their frames: the product knows the distance alone."""
+    torch.manual_seed(0)
+    dim, frames = world.dynamics.transformer.head_dim, torch.arange(24)
+    cos, sin = SpatioTemporalPositionalEncoding.rotation(frames, dim)
+    q, k = (SpatioTemporalPositionalEncoding.rotate(x.expand(24, dim), (cos, sin)) for x in torch.randn(2, 1, dim))
+
+    def draw(axes):
+        for j in range(0, dim // 2, dim // 6):
+            axes[0].plot(frames, cos[:, j], label=f"pair {j}")
+        axes[0].set(xlabel="frame m", ylabel="cos of the angle")
+        axes[0].legend(frameon=False)
+        axes[1].imshow(q @ k.T)
+        axes[1].set(xlabel="frame of the key", ylabel="frame of the query")
+
+    plot("1_rotary", (8, 3), draw, ncols=2)
+    return {}
+
+
 # --- 2: inverse dynamics -----------------------------------------------------------------------------------------
 def actions(world, clips):
     """Per action: where the content of the picture goes, on the mean of all its transitions, and one of them."""
@@ -171,6 +193,33 @@ def actions(world, clips):
                 ax.set(xticks=[], yticks=[])
 
     plot("2_actions", (14, 5.6), draw, nrows=3, ncols=8)
+    return {}
+
+
+def movement(world, clips):
+    """What shows the encoder which way a texture went, and what the decoder makes of it: patches moved, then what was missing."""
+    frames = striking(clips, 128, among=256)
+    flat = to_float(frames).split(32)
+    codes, fits = torch.cat([world.lam.infer(x) for x in flat]), torch.cat([world.lam.encoder.mismatch(x) for x in flat])  # (B, T-1), (B, T-1, N, 34)
+    sides = [max((float(name.split()[-1]), i) for i, name in enumerate(world.action_names) if side in name)[1] for side in ("left", "right")]
+
+    def draw(axes):
+        for action in sides:
+            axes.plot(MOVES, fits[codes == action].mean(dim=(0, 1))[: len(MOVES)], "o-", label=f"{action}  {world.action_names[action]}")
+        axes.set(xlabel="last frame moved across by, pixels", ylabel="mismatch with the next frame")
+        axes.legend(frameon=False)
+
+    plot("2_matches", (5, 3), draw)
+    corrections, rows = [], []
+    hook = world.lam.decoder.frame_head.register_forward_hook(lambda module, inputs, out: corrections.append(out))
+    for action in sides:
+        change = (to_float(frames).diff(dim=1) ** 2).mean(dim=(2, 3, 4)) * (codes == action)  # (B, T-1)
+        clip, t = divmod(int(change.argmax()), change.shape[1])
+        past, told = to_float(frames[clip][None]), codes[clip][None]
+        told = world.lam.decoder(past[:, :-1], world.lam.quantizer.indices_to_codes(told))
+        rows.append(torch.cat([past[:, t], (told - corrections[-1])[:, t], 2 * corrections[-1][:, t], told[:, t], past[:, t + 1]]))
+    hook.remove()
+    save_png(labelled_grid(to_uint8(torch.stack(rows)), ["frame t", "moved", "missing, x2", "sum", "frame t+1"]), OUT / "2_warp.png")
     return {}
 
 
@@ -262,7 +311,7 @@ def collapse(world, clips, n_updates=200):
 # --- 3: dynamics -------------------------------------------------------------------------------------------------
 def masking(world, clips):
     """A frame as the dynamics model sees it in training: half, three quarters, all of its tokens replaced."""
-    frame = striking(clips, 3)[1, -1]
+    frame = striking(clips, 1)[0, -1]
     torch.manual_seed(0)
     dice = torch.rand(64)
     masked = [torch.where(patches(dice < rate), GRAY, frame).byte() for rate in (0.0, 0.5, 0.75, 1.0)]
@@ -270,10 +319,28 @@ def masking(world, clips):
     return {}
 
 
+def modulation(world, clips):
+    """What the eight actions do to the norms of the dynamics model."""
+    scales = [norm[0][0, :, 0] - 1 for block in world.dynamics.condition(torch.arange(world.n_actions)[None])[1] for norm in block]  # (8, E) for each norm
+
+    def draw(axes):
+        last = scales[-1]
+        axes[0].imshow(last[:, last.var(0).argsort(descending=True, stable=True)[:48]], cmap="RdBu", vmin=-last.abs().max(), vmax=last.abs().max(), aspect="auto")
+        axes[0].set_yticks(range(world.n_actions), [f"{i}  {name}" for i, name in enumerate(world.action_names)], fontsize=8)
+        axes[0].set(xlabel="channels of the last block's third norm", xticks=[])
+        for i, name in enumerate(("space", "time", "feed-forward")):
+            axes[1].plot(range(1, len(scales) // 3 + 1), [scale.std(dim=0).mean() for scale in scales[i::3]], "o-", label=name)
+        axes[1].set(xlabel="block", ylabel="spread of γ over actions", ylim=(0, None), xticks=range(1, len(scales) // 3 + 1))
+        axes[1].legend(frameon=False)
+
+    plot("3_modulation", (9, 2.8), draw, ncols=2)
+    return {}
+
+
 def decoding(world, clips, passes=8):
     """MaskGIT on one real frame: after each pass, what is filled."""
-    frames = striking(clips, 5)
-    tokens, led_to = world.encode(frames[2:3, :5])  # (1, 5, 64)
+    frames = striking(clips, 1)
+    tokens, led_to = world.encode(frames[:, :5])  # (1, 5, 64)
     known, dynamics = [], world.dynamics
     cache = dynamics.new_cache()
     dynamics.prefill(tokens[:, :4], led_to, cache)
@@ -289,7 +356,7 @@ def decoding(world, clips, passes=8):
     for now in known:
         pixels = to_uint8(world.tokenizer.decode(torch.cat([tokens[:, :4], now.masked_fill(now == dynamics.mask_index, 0).unsqueeze(1)], dim=1)))[0, -1]
         shown.append(torch.where(patches(now[0] != dynamics.mask_index), pixels, GRAY).byte())
-    truth, before = frames[2, 4], frames[2, 3]
+    truth, before = frames[0, 4], frames[0, 3]
     save_png(labelled_grid(np.stack([before, *shown, truth])[None], ["before", "masked", *(f"pass {k}" for k in range(1, passes + 1)), "truth"]), OUT / "3_decoding.png")
     return {f"decoding/filled_after_{k}": int((now != dynamics.mask_index).sum()) for k, now in enumerate(known)}
 
@@ -378,7 +445,42 @@ def control(world, clips):
 
 
 # --- 5: speed ----------------------------------------------------------------------------------------------------
-PRODUCTS = {"attention scores, time": (8192, 8, 32, 8), "attention scores, space": (512, 64, 32, 64), "qkv": (1, 4096, 128, 384), "feed-forward": (1, 4096, 128, 512), "output head": (1, 4096, 128, 1024)}
+def cache_work(world, clips, n=36):
+    """Frames that pass through the transformer for one that is drawn, with the cache and without. Both draw the same tokens."""
+    dynamics, count = world.dynamics, []
+    hook = dynamics.transformer.register_forward_hook(lambda module, inputs, out: count.append(out.shape[1]))
+    history, led_to = world.encode(striking(clips, 1)[:, :4])
+    cache, tokens, work = dynamics.new_cache(), history, {"with the cache": [], "without": []}
+    dynamics.prefill(tokens[:, :-1], led_to, cache)
+    actions = torch.cat([led_to, torch.arange(n)[None] // 4 % world.n_actions], dim=1)
+    for t in range(4, 4 + n):
+        count.clear()
+        new = dynamics.next_frame(tokens[:, -1], actions[:, t - 1], actions[:, t], cache, world.steps, temperature=0.0)
+        tokens = torch.cat([tokens, new[:, None]], dim=1)
+        work["with the cache"].append(sum(count))
+    condition = [dynamics.condition(actions[:, : t + 1]) for t in range(4 + n)]
+    for t in range(4, 4 + n):
+        count.clear()
+
+        def logits_of(now):
+            return dynamics.head(dynamics.states(torch.cat([history, now[:, None]], dim=1), condition[t]))[:, -1].float()
+
+        new = maskgit_decode(logits_of, torch.full_like(history[:, 0], dynamics.mask_index), dynamics.mask_index, world.steps, temperature=0.0)
+        history = torch.cat([history, new[:, None]], dim=1)
+        work["without"].append(sum(count))
+    hook.remove()
+
+    def draw(axes):
+        for name, counts in work.items():
+            axes.plot(range(4, 4 + n), counts, label=name)
+        axes.set(xlabel="frame that is drawn", ylabel="frames through\nthe transformer", ylim=(0, None))
+        axes.legend(frameon=False)
+
+    plot("5_cache", (5, 2.6), draw)
+    return {"cache/with": work["with the cache"][-1], "cache/without": work["without"][-1], "cache/same_tokens": float((tokens == history).float().mean())}
+
+
+PRODUCTS = {"attention scores, time": (2048, 8, 32, 8), "attention scores, space": (256, 64, 32, 64), "qkv": (1, 4096, 128, 384), "feed-forward": (1, 4096, 128, 512), "output head": (1, 4096, 128, 1024)}
 
 
 def measure():
@@ -451,6 +553,52 @@ def neighbours():
     plot("7_errors", (4.5, 3), curves)
 
 
+def branches(world, clips, n_updates=1500):
+    """A flow that learns s' = s + a², and where it carries the noise for one pair (s, s')."""
+    torch.manual_seed(0)
+    s, a = torch.randn(20000, 1), torch.randn(20000, 1, 1)
+    flow = FlowInverseDynamics(1, 1)
+    flow.fit_scales(s, a, s + a[:, 0] ** 2)
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=2e-3)
+    for batch in torch.randint(len(s), (n_updates, 256)):
+        flow(s[batch], a[batch], s[batch] + a[batch, 0] ** 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = flow.path(torch.zeros(200, 1), torch.ones(200, 1), torch.randn(200, 1, 1))[..., 0, 0]  # (101, 200)
+    path = path * flow.action_std + flow.action_mean
+
+    def draw(axes):
+        axes.plot(torch.linspace(0, 1, len(path)), path, "C0", alpha=0.2, linewidth=0.8)
+        axes.axhline(0, color="C1", linestyle="--", label="what a regression learns")
+        axes.set(xlabel="τ: from noise (0) to action (1)", ylabel="action")
+        axes.legend(frameon=False)
+
+    plot("6_branches", (5, 3), draw)
+    return {"branches/median_distance": float((path[-1].abs() - 1).abs().median()), "branches/upper_share": float((path[-1] > 0).float().mean())}
+
+
+def peeking(world, clips):
+    """Which pictures a feature, and a prediction, can know of: by gradient, with random weights."""
+    torch.manual_seed(0)
+    encoder, predictor = Encoder(32, 24, 2, 2), ActionPredictor(2, 24, 13, 24, 2, 2)
+    for weight in [*encoder.parameters(), *predictor.parameters()]:
+        torch.nn.init.normal_(weight, std=0.2)
+    video = torch.randn(1, 8, 3, 32, 32, requires_grad=True)  # four tubelets
+    alone = encoder.each_tubelet(video)
+    outputs = {"clip encoded at once": encoder(video).view(1, 4, 4, 24), "each tubelet alone": alone, "prediction of the next": predictor(alone, torch.randn(1, 4, 13), torch.randn(1, 4, 2))}
+
+    def draw(axes):
+        for ax, (name, out) in zip(axes, outputs.items()):
+            seen = [torch.autograd.grad(out[0, t].square().sum(), video, retain_graph=True)[0].abs().view(4, -1).amax(1) > 0 for t in range(4)]
+            ax.imshow(torch.stack(seen), cmap="Blues", vmin=0, vmax=1.5)
+            first = 2 if "next" in name else 1
+            ax.set(title=name, xlabel="pictures of tubelet", xticks=range(4), xticklabels=range(1, 5), yticks=range(4), yticklabels=range(first, first + 4))
+        axes[0].set_ylabel("features of tubelet")
+
+    plot("7_peeking", (8, 2.8), draw, ncols=3)
+    return {}
+
+
 # --- the text ----------------------------------------------------------------------------------------------------
 CITED = re.compile(r"(−?[\d,]*\.?\d+)<!--([\w./-]+):([^>]+?)( x100)?-->")  # 0.41<!--ablation:lam/nmi-->: the number of that name in results/ablation.json
 
@@ -468,7 +616,11 @@ def update_text():
         path.write_text(CITED.sub(lambda match: shown(match) + match[0][len(match[1]) :], text), encoding="utf-8")
 
 
-PICTURES = (keys, reconstruction, straight_through, codebook, attention, actions, agreement, choices, collapse, masking, decoding, passes, rollout, blind_spots, frechet, control)
+PICTURES = (
+    keys, reconstruction, straight_through, codebook, attention, rotary, actions, movement, agreement, choices, collapse, masking, modulation, decoding, passes, rollout,
+    blind_spots, frechet, control, cache_work, branches, peeking,
+)  # fmt: skip
+TRAIN = (straight_through, attention, collapse, branches, peeking)  # these need gradients
 
 
 def main(argv=None):
@@ -492,7 +644,7 @@ def main(argv=None):
         clips = Clips(open_footage(Namespace(data_path=path, data_type="h5", use_dummy_data=False, frame_size=64)), "val", 8, val_fraction=0.9)
         world = WorldModel.load(WORLD)
         for picture in PICTURES:
-            with torch.set_grad_enabled(picture in (straight_through, attention, collapse)):
+            with torch.set_grad_enabled(picture in TRAIN):
                 numbers |= picture(world, clips)
     made = {"device": describe_device(), "commit": git_commit(), "command": "python articles/figures.py"}
     bench = results("bench")

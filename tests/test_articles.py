@@ -118,7 +118,7 @@ def test_the_commands_of_the_extras_run(tmp_path):
     lines = [line for _, line in COMMANDS if line.startswith("python extras/")]
     assert len(lines) >= 6
     for line in lines:
-        _, script, *options = shlex.split(line.replace("--ticks 160000 --shards 8", "--ticks 800 --shards 2").replace("10000", "500"))
+        _, script, *options = shlex.split(line.replace("--ticks 96000 --shards 8", "--ticks 800 --shards 2").replace("10000", "500"))
         result = subprocess.run([sys.executable, script, *options, *SMALL.get(script, [])], cwd=tmp_path, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "checkpoints/vjepa/action_predictor.pt").exists()
