@@ -663,6 +663,6 @@ def test_the_numbers_of_its_readme_are_those_of_the_result_file():
     said = re.search(r"One tubelet ahead the error is (\d+ %) below .*? and (\d+ %) below .*?actions", text).groups()
     assert said == (below("copy"), below("other actions"))
     later = [100 * (1 - report[f"prediction/predicted/step_{k}"] / report[f"prediction/other actions/step_{k}"]) for k in (2, 3, 4)]
-    assert "two, three and four ahead, {:.0f}, {:.0f} and {:.0f} %".format(*later) in text and f"took {report['minutes/total']:.0f} minutes" in text
+    assert "two, three and four ahead, {:.0f}, {:.0f} and {:.0f} %".format(*later) in text and f"took {report['minutes/total']:.1f} minutes" in text
     every, fourth = (report[f"reader/frames_per_second/every {name}"] for name in ("frame", "fourth frame"))
     assert f"{every:,.0f} frames per second" in text and f"{fourth:,.0f} of which one in four" in text
