@@ -7,7 +7,6 @@ import pytest
 
 import bench
 import config
-import play
 import train_dynamics
 import train_lam
 import train_tokenizer
