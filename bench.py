@@ -4,7 +4,8 @@
     python bench.py --peer-size --peer ../tinyworlds    # at the sizes of a public peer, and the peer itself in the same run
     python bench.py --large                             # for GPUs: a dynamics model of 140 M parameters, and what each trick brings it
 
-Models have random weights and the footage is the dummy world: speed does not depend on either. Training steps are whole ones (data,
+Models have random weights and the footage is the dummy world: speed does not depend on either, but for the wait for a file, which
+--data-path measures. Training steps are whole ones (data,
 forward, backward, clipping, optimizer); utilisation is their matrix-product FLOPs per second over what this machine reaches on one large
 product, measured first. Numbers are medians. Machines are noisy: compare ratios of one run, not numbers of two.
 """
@@ -313,7 +314,6 @@ def main(argv=None):
     parser.add_argument("--peer-size", action="store_true", help="64×64, patch 8, E 128, hidden 512, 4 blocks, 8 clips of 4 frames, 10 MaskGIT passes")
     parser.add_argument("--peer", default="", metavar="FOLDER", help="a clone of tinyworlds to measure in the same run")
     parser.add_argument("--large", action="store_true", help="only a dynamics model of 140 M parameters, with --batch-size clips a step")
-    parser.add_argument("--pieces", action="store_true", help="also what each trick brings the dynamics model of these sizes")
     parser.add_argument("--batch-size", type=int, default=0, help="clips a step [the preset's]")
     parser.add_argument("--data-path", default="", metavar="FILE", help="footage to train on, for the time that training waits for it [the dummy world]")
     parser.add_argument("--age", type=int, default=1000, help="frame whose latency is compared with frame 20's [1000]")
@@ -346,10 +346,10 @@ def main(argv=None):
     peer = [bench_peer(args.peer)] if args.peer and not args.large else []
     ceilings = {str(dtype)[6:]: ceiling(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     report = {f"ceiling/{name}_gflops": value / 1e9 for name, value in ceilings.items()}
-    if args.large or args.pieces:
+    if args.large:
         sizes = {name: getattr(cfg, name) for name in LARGE}
         report |= bench_pieces(sizes, cfg, device, autocast, 1e9 * report[f"ceiling/{'bfloat16' if autocast.keywords['enabled'] else 'float32'}_gflops"])
-    if not args.large:
+    else:
         models = build(settings, device)
         report |= bench_training(models, footage, cfg, device, autocast, ceilings)
         report |= bench_play(models, cfg, device, autocast)

@@ -531,9 +531,9 @@ def growth():
 
 
 # --- 6 and 7: neighbours ------------------------------------------------------------------------------------------
-def neighbours():
-    """What the extras measured: distances to a known distribution, and errors of a rollout in feature space."""
-    flow, jepa = results("flow_inverse_dynamics"), results("vjepa_ac")
+def distances():
+    """What the flow measured: distances to a known distribution."""
+    flow = results("flow_inverse_dynamics")
     names = ("another draw of the truth", "flow", "MLP", "nearest neighbour", "least squares")
 
     def bars(axes):
@@ -543,14 +543,7 @@ def neighbours():
         axes.set_ylabel("Wasserstein distance to the truth")
         axes.legend(frameon=False)
 
-    def curves(axes):
-        for name, label, style in (("copy", "nothing changes", "k:"), ("other actions", "told another clip's actions", "C1--"), ("predicted", "predicted", "C0-")):
-            axes.plot(range(1, 5), [jepa[f"prediction/{name}/step_{i}"] for i in range(1, 5)], style, marker="o", label=label)
-        axes.set(xlabel="tubelets ahead (0.4 s each)", ylabel="error of the features", xticks=range(1, 5), ylim=(0, None))
-        axes.legend(frameon=False)
-
     plot("6_distances", (5.5, 3), bars)
-    plot("7_errors", (4.5, 3), curves)
 
 
 def branches(world, clips, n_updates=1500):
@@ -637,7 +630,7 @@ def main(argv=None):
         numbers = measure()
     roofline(numbers)
     growth()
-    neighbours()
+    distances()
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/doom-maze.h5"
         record.main(["doom-maze", "--frames", str(args.frames), "--seed", "3000", "--out", path])

@@ -12,7 +12,7 @@ from models.latent_action_model import LatentActionModel
 from models.video_tokenizer import VideoTokenizer
 from models.world_model import WorldModel
 
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")])
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 CPU = pytest.param("cpu", marks=pytest.mark.slow)
 FRAMES = dict(frame_size=[16, 16], patch_size=8)
 MODELS = {
@@ -100,7 +100,6 @@ def played(device, capture, temperature):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_recorded_step_is_the_step(temperature):
     assert torch.equal(played("cuda", True, temperature), played("cuda", False, temperature))
