@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -80,6 +80,7 @@ def autocast_on(device, dtype="auto"):
     return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bfloat16)  # one object must not be nested
 
 
+@cache
 def fast_dtype(device):
     """bfloat16 where a matrix product in it is clearly faster: any recent GPU, but only some CPUs (AVX512-BF16, AMX)."""
     if device.type == "cuda":
@@ -87,7 +88,7 @@ def fast_dtype(device):
     seconds = {torch.float32: [], torch.bfloat16: []}
     for _ in range(8):  # by turns, and the best counts: on a busy machine, too, the answer is to be the same each time
         for dtype, times in seconds.items():
-            a = torch.ones(512, 512, dtype=dtype)
+            a = torch.ones(256, 256, dtype=dtype)  # not larger: where bfloat16 is only imitated, it takes 200 times as long
             a @ a
             began = time.perf_counter()
             a @ a
@@ -249,9 +250,45 @@ def make_optimizer(model, cfg):
         return Optimizers(adamw(model.parameters()))
     matrices = {name: p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2}
     others = [p for name, p in model.named_parameters() if name not in matrices]
-    # Muon steps along the nearest orthogonal matrix; match_rms_adamw scales it so that AdamW's learning rate fits (arXiv:2502.16982)
-    muon = torch.optim.Muon(matrices.values(), lr=cfg.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    return Optimizers(muon, adamw(others))
+    dtype = fast_dtype(others[0].device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    return Optimizers(Muon(matrices.values(), cfg.learning_rate, dtype), adamw(others))
+
+
+def orthogonal(x, steps=5):
+    """x (n, h, w): n matrices → about the nearest ones whose singular values are all 1 (Newton-Schulz iteration; Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT, steps).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the nearest orthogonal matrix, scaled so that AdamW's learning rate fits (arXiv:2502.16982, sec. 2.2).
+
+    torch.optim.Muon always works in bfloat16, which a CPU without such instructions imitates: there a step took seconds. Here the dtype can be
+    chosen, and matrices of one shape go together.
+    """
+
+    def __init__(self, matrices, lr, dtype, momentum=0.95, weight_decay=0.01):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                    shapes.setdefault(p.shape, []).append(p)
+            for (h, w), weights in shapes.items():
+                ahead = [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in weights]  # Nesterov
+                updates = orthogonal(torch.stack(whole(ahead)).to(self.dtype)).to(weights[0].dtype)
+                for p, update in zip(weights, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(part_of(update, p), alpha=0.2 * max(h, w) ** 0.5 * group["lr"])
 
 
 def whole(state):

@@ -20,7 +20,7 @@ from models.checkpoint import CheckpointError, build_model, load_checkpoint
 from models.dynamics import DynamicsModel
 from models.latent_action_model import LatentActionModel
 from models.world_model import WorldModel
-from train_utils import Run, make_optimizer, plan
+from train_utils import Muon, Run, make_optimizer, orthogonal, plan
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}
@@ -185,14 +185,38 @@ def test_tokenizer_and_lam_scripts_are_nearly_the_same_script():
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = DynamicsModel(grid=[2, 2], levels=[4, 4], n_actions=4, **SIZES)
-    muon, adamw = make_optimizer(model, Namespace(optimizer="muon", learning_rate=1e-3)).optimizers
+    muon, adamw = make_optimizer(model, Namespace(optimizer="muon", learning_rate=1e-3, dtype="float32")).optimizers
     per_block = 4 + 2 + 3  # qkv and out in space and time, the feed-forward, the AdaLN projections
-    assert isinstance(muon, torch.optim.Muon) and len(muon.param_groups[0]["params"]) == per_block * SIZES["n_blocks"]
+    assert isinstance(muon, Muon) and len(muon.param_groups[0]["params"]) == per_block * SIZES["n_blocks"]
     rest = {id(p) for p in adamw.param_groups[0]["params"]}
     assert id(model.head.weight) in rest and id(model.embed_action.weight) in rest
     assert len(rest) + per_block * SIZES["n_blocks"] == len(list(model.parameters()))
     (adamw,) = make_optimizer(model, Namespace(optimizer="adamw", learning_rate=1e-3)).optimizers
     assert isinstance(adamw, torch.optim.AdamW) and len(adamw.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_is_torchs_muon(dtype):
+    torch.manual_seed(0)
+    shapes = [(8, 32), (32, 8), (8, 32), (16, 16)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizers = Muon(ours, 0.1, dtype), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn(a.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs):
+        assert (a - b).norm() < 0.02 * (b - 1).norm()  # torch's works in bfloat16
+
+
+def test_orthogonal_is_the_nearest_orthogonal_matrix():
+    x = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    near = orthogonal(x)
+    singular = torch.linalg.svdvals(near)
+    assert 0.6 < singular.min() and singular.max() < 1.3  # the iteration is tuned for speed, not to reach 1
+    assert ((near - u @ vh).norm(dim=(1, 2)) < 0.3 * vh.norm(dim=(1, 2))).all()
 
 
 def test_a_batch_that_does_not_fit_names_the_largest_that_does(tmp_path, monkeypatch):
