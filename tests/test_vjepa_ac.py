@@ -491,6 +491,21 @@ def test_the_predictor_sees_no_future_frame_action_or_state():
     assert (places > 0).all()  # within a tubelet everything sees everything
 
 
+def test_what_is_remembered_is_not_encoded_again():
+    encoder, encoded = small_encoder(), []
+    model = train.ActionTraining(encoder, small_predictor(), 2, 1, remember=4)
+    encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
+    footage = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
+    clips = [torch.stack([footage[i : i + 6], footage[i + 2 : i + 8]]) for i in (0, 2, 10)]  # 6 tubelets, 4 different ones each time
+    for clip in clips:
+        assert torch.allclose(model.features(clip), encoder.each_tubelet(clip), atol=1e-5)
+    assert encoded[::2] == [4, 1, 4]  # the second time one is new
+    assert len(model.known) == 4
+    actions, states = torch.randn(2, 2, 13), torch.randn(2, 3, 2)
+    plain = train.ActionTraining(encoder, model.predictor, 2, 1)
+    assert torch.allclose(torch.stack(model(clips[2], actions, states)), torch.stack(plain(clips[2], actions, states)), atol=1e-5)
+
+
 @torch.no_grad()
 def test_rollout_and_losses_against_a_hand_unrolled_one():
     predictor = small_predictor()
@@ -648,6 +663,7 @@ def test_from_recordings_to_a_report(tmp_path, monkeypatch):
         ([], "give one of --encoder"),
         (["--encoder", "x.pt", "--auto-steps", "8"], "--auto-steps must lie in 1 … 7, with 16 frames; got 8"),
         (["--encoder", "x.pt"], "no checkpoint at x.pt; make one with: python extras/vjepa_ac/pretrain.py"),
+        (["--encoder", "x.pt", "--remember", "-1"], "--remember must not be negative, got -1"),
         (["--encoder", f"{out}/pretrain.pt", "--action-dim", "14"], "--action-dim must be one of 13, 36, 38, got 14"),
         ([*again, "--n-updates", "20", "--resume", "--every", "9"], "cannot resume .*: every was 8, now it is 9"),
     ]:

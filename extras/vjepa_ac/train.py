@@ -26,15 +26,33 @@ STAGE = "action_predictor"
 
 
 class ActionTraining(nn.Module):
-    """The frozen encoder and the predictor. (video uint8 (B, T, 3, S, S), actions, states) → (teacher-forced loss, rollout loss, error of a copy)."""
+    """The frozen encoder and the predictor. (video uint8 (B, T, 3, S, S), actions, states) → (teacher-forced loss, rollout loss, error of a copy).
 
-    def __init__(self, encoder, predictor, auto_steps, exponent):
+    remember: how many tubelets' features are kept. Clips that begin every few ticks share most of their tubelets, and the encoder does not change.
+    """
+
+    def __init__(self, encoder, predictor, auto_steps, exponent, remember=0):
         super().__init__()
         self.encoder, self.predictor, self.auto_steps, self.exponent = encoder.requires_grad_(False), predictor, auto_steps, exponent
+        self.remember, self.known = remember, {}
+
+    @torch.no_grad()
+    def features(self, video):
+        """Encoder.each_tubelet, but what is known is not encoded again."""
+        if not self.remember:
+            return self.encoder.each_tubelet(video)
+        tubelets = video.unflatten(1, (-1, TUBELET)).flatten(0, 1)  # (B·T/2, 2, 3, S, S)
+        keys = [hash(tubelet.tobytes()) for tubelet in tubelets.cpu().numpy()]
+        new = {key: i for i, key in enumerate(keys) if key not in self.known}
+        if new:
+            self.known.update(zip(new, self.encoder.each_tubelet(tubelets[list(new.values())])[:, 0]))
+        x = torch.stack([self.known[key] for key in keys])  # (B·T/2, N, E)
+        for key in list(self.known)[: -self.remember]:  # the oldest
+            del self.known[key]
+        return x.unflatten(0, (len(video), -1))
 
     def forward(self, video, actions, states):
-        with torch.no_grad():
-            features = self.encoder.each_tubelet(video)  # (B, T/2, N, E); context and, one further, targets
+        features = self.features(video)  # (B, T/2, N, E); context and, one further, targets
         forced, rolled = losses(self.predictor, features, actions, states, self.auto_steps, self.exponent)
         return forced, rolled, ((features[:, 1:] - features[:, :-1]).abs() ** self.exponent).mean() / self.exponent
 
@@ -65,10 +83,13 @@ def main(argv=None):
     parser.add_argument("--v-jepa-1", action="store_true", help="that file is V-JEPA 1's")
     parser.add_argument("--action-dim", type=int, default=13, help="13: mouse and hotbar; 36 or 38: all keys, see vpt.py [13]")
     parser.add_argument("--auto-steps", type=int, default=2, help="tubelets of the rollout in the loss [2]")
+    parser.add_argument("--remember", type=int, default=0, metavar="N", help="features of N tubelets are kept; worth it where --every makes clips overlap [0]")
     parser.add_argument("--loss-exponent", type=float, default=1.0, help="1: absolute error; 2: squared (the seed) [1]")
     cfg = parse(parser, "train", argv)
     if not 1 <= cfg.auto_steps < cfg.num_frames // TUBELET:
         raise UserError(f"--auto-steps must lie in 1 … {cfg.num_frames // TUBELET - 1}, with {cfg.num_frames} frames; got {cfg.auto_steps}")
+    if cfg.remember < 0:
+        raise UserError(f"--remember must not be negative, got {cfg.remember}")
     if bool(cfg.encoder) == bool(cfg.encoder_checkpoint):
         raise UserError("give one of --encoder (from pretrain.py) and --encoder-checkpoint (a public V-JEPA file)")
     device, autocast = set_up(cfg)
@@ -88,7 +109,7 @@ def main(argv=None):
                         hidden=encoder.blocks[0].mlp.fc1.out_features)  # fmt: skip
     predictor_args = dict(grid=encoder.grid, encoder_dim=encoder.dim, action_dim=cfg.action_dim, dim=dim, depth=depth, heads=heads)
     model_args = dict(encoder=encoder_args, predictor=predictor_args)
-    model = ActionTraining(encoder, ActionPredictor(**predictor_args), cfg.auto_steps, cfg.loss_exponent).to(device)
+    model = ActionTraining(encoder, ActionPredictor(**predictor_args), cfg.auto_steps, cfg.loss_exponent, cfg.remember).to(device)
     network = wrap(model, cfg)
     print(f"model: {sum(p.numel() for p in model.predictor.parameters()):,} parameters, on an encoder of {sum(p.numel() for p in encoder.parameters()):,}")
 
