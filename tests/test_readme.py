@@ -30,6 +30,11 @@ def test_the_table_holds_the_numbers_of_the_result_files():
             assert f"{report[name]:.{decimals}f}" == shown, (name, report["world"])
     assert f"takes {numbers[0]['minutes/total']:.0f} minutes" in README
     assert all(report["device"].startswith("2 CPU cores") for report in numbers)
+    older = json.loads((ROOT / "results" / "doom-maze-float32.json").read_text())
+    assert f"({older['minutes/total']:.0f} on older ones" in README
+    said = re.search(r"took (\S+) minutes, with a mutual information of (\S+) and a ΔPSNR of (\S+) dB against random actions and (\S+) ", README).groups()
+    keys = ("minutes/total", "lam/nmi", "dynamics/delta_psnr_t4", "dynamics/delta_psnr_null_t4")
+    assert said == tuple(f"{older[key]:.{len(shown.partition('.')[2])}f}" for shown, key in zip(said, keys))
 
 
 def test_the_ablation_tables_are_those_of_the_result_file():

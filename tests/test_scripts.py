@@ -56,7 +56,7 @@ def test_a_checkpoint_gives_the_outputs_of_the_model_that_was_trained(world_dir,
 
 
 def test_the_gpu_preset_runs_in_small(recording, tmp_path):
-    small = ["--data-path", recording, "--preset", "gpu", "--device", "cpu", "--n-updates", "1", "--batch-size", "2", "--context-length", "4", "--out", str(tmp_path)]
+    small = ["--data-path", recording, "--preset", "gpu", "--device", "cpu", "--n-updates", "1", "--batch-size", "2", "--context-length", "4", "--n-blocks", "1", "--out", str(tmp_path)]
     for script in SCRIPTS.values():
         script.main(small)
     world = WorldModel.load(tmp_path)
