@@ -31,9 +31,10 @@ from models.latent_action_model import LatentActionModel
 from models.st_transformer import SpatioTemporalTransformer, causal_band
 from models.video_tokenizer import VideoTokenizer
 from models.world_model import WorldModel
+from optimizer import make_optimizer
 from play import DEFAULT
 from speedrun import describe_device, git_commit
-from train_utils import autocast_on, make_optimizer, reuse_memory, wrap
+from train_utils import autocast_on, reuse_memory, wrap
 
 LARGE = dict(embed_dim=1024, hidden_dim=4096, n_heads=16, n_blocks=6)
 PEER = dict(batch_size=8, context_length=4, embed_dim=128, hidden_dim=512, n_heads=4, n_blocks=4, steps=10, temperature=1.0)
@@ -343,6 +344,7 @@ def main(argv=None):
     cfg = DynamicsConfig(**chosen)
     footage = open_footage(Namespace(data_path=args.data_path, data_type="auto", use_dummy_data=not args.data_path, frame_size=64))
     autocast = autocast_on(device)
+    cfg.dtype = "bfloat16" if autocast.keywords["enabled"] else "float32"
     peer = [bench_peer(args.peer)] if args.peer and not args.large else []
     ceilings = {str(dtype)[6:]: ceiling(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     report = {f"ceiling/{name}_gflops": value / 1e9 for name, value in ceilings.items()}

@@ -24,8 +24,9 @@ from models.checkpoint import build_model, check_fit, fingerprint, load_checkpoi
 from models.distributed import rand
 from models.dynamics import DynamicsModel
 from models.world_model import WorldModel
+from optimizer import make_optimizer, rate_at
 from pictures import grid
-from train_utils import Run, check_memory, make_model, make_optimizer, open_clips, plan, rate_at, set_up, validation_logs, wrap
+from train_utils import Run, check_memory, make_model, open_clips, plan, set_up, validation_logs, wrap
 
 
 def load_frozen(cfg, clips, device):

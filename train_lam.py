@@ -18,8 +18,9 @@ from config import LatentActionConfig, parse_config, print_user_errors
 from data_utils import open_footage, to_float, to_uint8
 from metrics import print_warnings
 from models.latent_action_model import LatentActionModel
+from optimizer import make_optimizer, rate_at
 from pictures import grid
-from train_utils import Run, check_memory, make_model, make_optimizer, open_clips, plan, rate_at, set_up, validation_logs, wrap
+from train_utils import Run, check_memory, make_model, open_clips, plan, set_up, validation_logs, wrap
 
 
 def main(argv=None):

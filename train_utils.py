@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, make_folder
@@ -23,6 +22,7 @@ from data_utils import Clips
 from models.checkpoint import CheckpointError, load_checkpoint, previous_of, read_checkpoint, save_checkpoint
 from models.distributed import mean_over_ranks, n_ranks, rank
 from models.st_transformer import SpatioTemporalTransformer
+from optimizer import part_of, whole
 from pictures import save_curves, save_png
 
 
@@ -88,11 +88,13 @@ def fast_dtype(device):
     seconds = {torch.float32: [], torch.bfloat16: []}
     for _ in range(8):  # by turns, and the best counts: on a busy machine, too, the answer is to be the same each time
         for dtype, times in seconds.items():
-            a = torch.ones(256, 256, dtype=dtype)  # not larger: where bfloat16 is only imitated, it takes 200 times as long
+            a = torch.ones(512, 512, dtype=dtype)
             a @ a
             began = time.perf_counter()
             a @ a
             times.append(time.perf_counter() - began)
+        if times[-1] > 50 * seconds[torch.float32][-1]:  # bfloat16 is only imitated: no need to look again, for a second each time
+            break
     return torch.bfloat16 if min(seconds[torch.bfloat16]) < 0.67 * min(seconds[torch.float32]) else torch.float32
 
 
@@ -241,102 +243,6 @@ def fits(trial):
         if "can't allocate memory" not in str(error):
             raise
         return False
-
-
-def make_optimizer(model, cfg):
-    """AdamW for everything (the article), or Muon for the matrices of the transformer blocks and AdamW for the rest."""
-    adamw = partial(torch.optim.AdamW, lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    if cfg.optimizer == "adamw":
-        return Optimizers(adamw(model.parameters()))
-    matrices = {name: p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2}
-    others = [p for name, p in model.named_parameters() if name not in matrices]
-    dtype = fast_dtype(others[0].device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    return Optimizers(Muon(matrices.values(), cfg.learning_rate, dtype), adamw(others))
-
-
-def orthogonal(x, steps=5):
-    """x (n, h, w): n matrices → about the nearest ones whose singular values are all 1 (Newton-Schulz iteration; Jordan 2024, kellerjordan.github.io/posts/muon)."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT, steps).mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x
-
-
-class Muon(torch.optim.Optimizer):
-    """Steps along the nearest orthogonal matrix, scaled so that AdamW's learning rate fits (arXiv:2502.16982, sec. 2.2).
-
-    torch.optim.Muon always works in bfloat16, which a CPU without such instructions imitates: there a step took seconds. Here the dtype can be
-    chosen, and matrices of one shape go together.
-    """
-
-    def __init__(self, matrices, lr, dtype, momentum=0.95, weight_decay=0.01):
-        super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                    shapes.setdefault(p.shape, []).append(p)
-            for (h, w), weights in shapes.items():
-                ahead = [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in weights]  # Nesterov
-                updates = orthogonal(torch.stack(whole(ahead)).to(self.dtype)).to(weights[0].dtype)
-                for p, update in zip(weights, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(part_of(update, p), alpha=0.2 * max(h, w) ** 0.5 * group["lr"])
-
-
-def whole(state):
-    """A state dict (or any nest of dicts and lists) with every tensor that FSDP has shared out put together again."""
-    if isinstance(state, dict):
-        return {name: whole(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [whole(value) for value in state]
-    return state.full_tensor() if isinstance(state, DTensor) else state
-
-
-def part_of(tensor, like):
-    """This process's part of a whole tensor, where `like` is shared out over processes."""
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
-
-
-class Optimizers:
-    """Several optimizers behind the interface of one. Their state is saved whole, however many processes share it."""
-
-    def __init__(self, *optimizers):
-        self.optimizers = optimizers
-        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-
-    def step(self):
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def zero_grad(self):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-
-    def state_dict(self):
-        return whole([optimizer.state_dict() for optimizer in self.optimizers])
-
-    def load_state_dict(self, states):
-        for optimizer, state in zip(self.optimizers, states if isinstance(states, list) else [states], strict=True):
-            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-            for i, values in state["state"].items():
-                if any(v.ndim and v.shape != weights[i].shape for v in values.values()):
-                    raise ValueError("the optimizer's moments have other shapes than the weights")
-                state["state"][i] = {k: part_of(v, weights[i]) if v.shape == weights[i].shape else v for k, v in values.items()}
-            optimizer.load_state_dict(state)
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-
-def rate_at(step, n_updates, cfg):
-    """Learning rate: 50 steps of linear warm-up, then linear decay to a twentieth."""
-    return cfg.learning_rate * min((step + 1) / 50, 1 - 0.95 * step / n_updates)
 
 
 @torch.no_grad()

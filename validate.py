@@ -22,8 +22,9 @@ from data_utils import Clips, n_buttons, open_footage, to_float, to_uint8
 from models.checkpoint import MODELS, build_model, check_fit, load_checkpoint
 from models.latent_action_model import LatentActionsEncoder
 from models.world_model import WorldModel
+from optimizer import make_optimizer, rate_at
 from pictures import enlarge, grid, labelled_grid, save_png, save_video
-from train_utils import autocast_on, make_optimizer, rate_at, reuse_memory
+from train_utils import autocast_on, reuse_memory
 from video_features import i3d_features, load_i3d, smallnet_features
 
 CONTEXT, HORIZON = 4, 16  # frames that a rollout is given, and frames that it plays
@@ -99,7 +100,7 @@ def classify_buttons(model_args, rest, frames, device, autocast, n_updates=400):
                                                  "context_length")}  # fmt: skip
     torch.manual_seed(0)
     encoder = LatentActionsEncoder(**sizes, out_dim=n_buttons(rest.footage)).to(device)
-    recipe = LatentActionConfig()  # as the LAM is trained
+    recipe = LatentActionConfig(dtype="bfloat16" if autocast.keywords["enabled"] else "float32")  # as the LAM is trained
     optimizer = make_optimizer(encoder, recipe)
     for step in tqdm(range(n_updates), desc="ceiling", unit="step", leave=False, mininterval=1):
         for group in optimizer.param_groups:

@@ -530,7 +530,7 @@ def growth():
     plot("5_growth", (7, 2.8), draw, ncols=2)
 
 
-# --- 6 and 7: neighbours ------------------------------------------------------------------------------------------
+# --- 6: neighbours -------------------------------------------------------------------------------------------------
 def distances():
     """What the flow measured: distances to a known distribution."""
     flow = results("flow_inverse_dynamics")

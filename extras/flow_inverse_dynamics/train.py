@@ -19,7 +19,8 @@ from extras.flow_inverse_dynamics.create_dataset import read_arrays, triplets_pa
 from extras.flow_inverse_dynamics.model import FlowInverseDynamics  # noqa: E402
 from extras.flow_inverse_dynamics.pendulum import Sequences, read_config  # noqa: E402
 from models.checkpoint import CheckpointError, load_checkpoint, rebuild  # noqa: E402
-from train_utils import Run, make_optimizer, rate_at  # noqa: E402
+from optimizer import make_optimizer, rate_at  # noqa: E402
+from train_utils import Run  # noqa: E402
 
 CONFIGS = Path(__file__).parent / "configs"
 STAGE = "flow_inverse_dynamics"

@@ -34,7 +34,8 @@ from extras.vjepa_ac.model import (  # noqa: E402
 from extras.vjepa_ac.vpt import Clips, ProcessVPT, batches, find_shards  # noqa: E402
 from models.checkpoint import load_checkpoint  # noqa: E402
 from models.distributed import n_ranks  # noqa: E402
-from train_utils import Run, make_optimizer, rate_at, set_up, wrap  # noqa: E402
+from optimizer import make_optimizer, rate_at  # noqa: E402
+from train_utils import Run, set_up, wrap  # noqa: E402
 
 STAGE = "pretrain"
 
