@@ -5,9 +5,9 @@
     python bench.py --large                             # for GPUs: a dynamics model of 140 M parameters, and what each trick brings it
 
 Models have random weights and the footage is the dummy world: speed does not depend on either, but for the wait for a file, which
---data-path measures. Training steps are whole ones (data,
-forward, backward, clipping, optimizer); utilisation is their matrix-product FLOPs per second over what this machine reaches on one large
-product, measured first. Numbers are medians. Machines are noisy: compare ratios of one run, not numbers of two.
+--data-path measures. Training steps are whole ones (data, forward, backward, clipping, optimizer); utilisation is their matrix-product
+FLOPs per second over what this machine reaches on one large product, measured first. Numbers are medians. Machines are noisy: compare
+ratios of one run, not numbers of two.
 """
 import json
 import resource

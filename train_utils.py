@@ -1,4 +1,4 @@
-"""What surrounds the training loop: device, dtype and processes, the budget, the rate, the log, an interrupt. Nothing that learns."""
+"""What surrounds the training loop: device, dtype and processes, the budget, the log, an interrupt. Nothing that learns."""
 import atexit
 import ctypes
 import json
