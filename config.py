@@ -94,7 +94,7 @@ PRESETS = {
         dict(n_updates=150, batch_size=32, context_length=4, embed_dim=64, hidden_dim=128, n_blocks=1, sample_every=100),
         dict(tokenizer=dict(), lam=dict(batch_size=16), dynamics=dict()),
     ),
-    "cpu": (  # two laptop cores, ten minutes for the three stages
+    "cpu": (  # two CPU cores, ten minutes for the three stages
         dict(),
         dict(tokenizer=dict(minutes=2.8), lam=dict(minutes=2.4), dynamics=dict(minutes=4.4)),
     ),

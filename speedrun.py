@@ -2,7 +2,7 @@
 
     python speedrun.py                    record Doom, train the three stages, validate, report: checkpoints/doom-maze
     python speedrun.py pong               another game of record.py
-    python speedrun.py --preset tiny      the same in a minute, to see that everything runs
+    python speedrun.py --preset tiny      the same in one to three minutes, to see that everything runs
 
 It only types the commands that you could type yourself, and prints each of them.
 """
