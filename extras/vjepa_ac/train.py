@@ -84,7 +84,7 @@ def main(argv=None):
     parser.add_argument("--v-jepa-1", action="store_true", help="that file is V-JEPA 1's")
     parser.add_argument("--action-dim", type=int, default=13, help="13: mouse and hotbar; 36 or 38: all keys, see vpt.py [13]")
     parser.add_argument("--auto-steps", type=int, default=2, help="tubelets of the rollout in the loss [2]")
-    parser.add_argument("--remember", type=int, default=0, metavar="N", help="tubelets whose features are kept, 28 KB each in nano and 1 MB in vit-l; worth it where --every makes clips overlap [0]")
+    parser.add_argument("--remember", type=int, default=0, metavar="N", help="tubelets whose features are kept, 12 KB each in nano and 1 MB in vit-l; worth it where --every makes clips overlap [0]")
     parser.add_argument("--loss-exponent", type=float, default=1.0, help="1: absolute error; 2: squared (the seed) [1]")
     cfg = parse(parser, "train", argv)
     if not 1 <= cfg.auto_steps < cfg.num_frames // TUBELET:
