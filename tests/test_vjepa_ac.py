@@ -6,6 +6,7 @@ import re
 import tarfile
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -606,6 +607,18 @@ def test_imagined_states_follow_the_actions():
     actions[..., 2] = 100
     planning.imagine(spy, process, torch.zeros(1, 2, 4, 48), np.array([0.0, 0.0]), actions)
     assert spy.seen[2] == 2 and torch.allclose(spy.seen[1][0, :, 0], torch.tensor([0, 10, -16, -6.0]))
+
+
+def test_codes_are_put_together_to_places_as_large_as_patches():
+    codes = torch.arange(2 * 64 * 5).view(2, 1, 64, 5)  # two frames of 8 × 8 codes of 5 numbers
+    tokenizer = SimpleNamespace(frame_size=(64, 64), _encode=lambda frames: codes)
+    for grid, k in ((4, 2), (2, 4), (8, 1), (16, 1), (6, 1)):
+        x = probes.inputs_of(SimpleNamespace(grid=grid, each_tubelet=None), tokenizer)["tokenizer codes"](torch.zeros(1, 2, 3, 96, 96, dtype=torch.uint8))
+        n = 8 // k
+        assert x.shape == (1, 1, n * n, 10 * k * k)
+        row, column = n - 1, 0  # the lower left corner
+        block = codes[:, 0].view(2, 8, 8, 5)[:, row * k : (row + 1) * k, column * k : (column + 1) * k]
+        assert torch.equal(x[0, 0, row * n + column], block.flatten())
 
 
 def test_from_recordings_to_a_report(tmp_path, monkeypatch):

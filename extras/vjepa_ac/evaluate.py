@@ -157,7 +157,7 @@ def main(argv=None):
     if "reader" in args.only:
         report |= {f"reader/{key}": value for key, value in reader_speed(test_shards).items()}
         log = [json.loads(line) for line in (Path(args.checkpoint).with_suffix("") / "metrics.jsonl").read_text().splitlines()]
-        report["reader/share_of_training_waited"] = float(np.mean([line["waited"] for line in log[1:]]))  # the first line has filled the buffer
+        report["reader/share_of_training_waited"] = float(np.mean([line["waited"] for line in log[1:] or log]))  # the first line has filled the buffer
     for key, value in report.items():
         print(f"{key:56} {value:10.4g}")
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes")

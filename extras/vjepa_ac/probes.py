@@ -21,7 +21,10 @@ BINS = torch.linspace(-36, 36, 10)[1:-1]  # degrees: borders of the nine turns b
 
 
 def inputs_of(encoder, tokenizer):
-    """The three kinds of input, each a function video uint8 (B, T, 3, S, S) → (B, T/2, N, D). Codes are put together until they are no more than patches."""
+    """The three kinds of input, each a function video uint8 (B, T, 3, S, S) → (B, T/2, N, D).
+
+    As many codes as fit are put together, so that a place is about as large as a patch.
+    """
 
     def pixels(video):
         return rearrange(video, "b (t p) c (h q) (w r) -> b t (h w) (p c q r)", p=TUBELET, q=PATCH, r=PATCH)
