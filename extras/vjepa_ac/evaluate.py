@@ -120,7 +120,7 @@ def main(argv=None):
     parser.add_argument("--data", nargs="+", required=True, metavar="TAR", help="what the probes learn from")
     parser.add_argument("--test", nargs="+", required=True, metavar="TAR", help="recordings of other games")
     parser.add_argument("--tokenizer", default=str(ROOT / "checkpoints" / "shipped" / "doom-maze" / "tokenizer.pt"), help="whose codes are compared [the shipped Doom maze's]")
-    parser.add_argument("--clips", type=int, default=10**9, help="at most, to learn from [all]")
+    parser.add_argument("--clips", type=int, default=10**9, help="to learn from, rounded up to batches of 16 [all]")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="[all]")
     parser.add_argument("--trials", type=int, default=20, help="of planning [20]")
     parser.add_argument("--json", default="", metavar="FILE", help="add the numbers to this file, and a picture beside it")
