@@ -662,6 +662,7 @@ def test_from_recordings_to_a_report(tmp_path, monkeypatch):
     h = test["V-JEPA features"].float()
     assert report["prediction/copy/step_2"] == pytest.approx(float((h[:, 5] - h[:, 3]).abs().mean()), rel=0.02)
     assert report["planning/plan/success"] in (0.0, 1.0) and report["reader/frames_per_second/every frame"] > 0
+    assert 0 <= report["reader/share_of_training_waited"] <= 1  # also of a log of one line
 
     for argv, message in [
         (["--data", "none.tar"], "no shard is called none.tar"),

@@ -22,7 +22,7 @@ SIZES = {
         size=256, encoder=(1024, 24, 16), masked=(384, 12, 12), predictor=(1024, 24, 16),
         pretrain=dict(learning_rate=5.25e-4), train=dict(learning_rate=4.25e-4),
     ),
-    "nano": dict(  # minutes on two laptop cores
+    "nano": dict(  # minutes on two CPU cores
         size=64, encoder=(192, 4, 3), masked=(128, 3, 2), predictor=(192, 2, 6),
         pretrain=dict(n_updates=450, batch_size=16, num_frames=8, every=8, buffer=1024, mirror=0.5, optimizer="muon", learning_rate=1e-3, ema=0.998, spread=0.3),
         train=dict(n_updates=4500, batch_size=8, every=4, buffer=2048, mirror=0.5, remember=16384, optimizer="muon", learning_rate=6e-3),
