@@ -3,6 +3,7 @@
     python bench.py --json results/bench.json
     python bench.py --peer-size --peer ../tinyworlds    # at the sizes of a public peer, and the peer itself in the same run
     python bench.py --large                             # for GPUs: a dynamics model of 140 M parameters, and what each trick brings it
+    python bench.py --beside                            # what a second training on the same cores costs: eight minutes
 
 Models have random weights and the footage is the dummy world: speed does not depend on either, but for the wait for a file, which
 --data-path measures. Training steps are whole ones (data, forward, backward, clipping, optimizer); utilisation is their matrix-product
@@ -10,6 +11,7 @@ FLOPs per second over what this machine reaches on one large product, measured f
 ratios of one run, not numbers of two.
 """
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,13 +20,14 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+from config import PRESETS, DynamicsConfig, Parser, TokenizerConfig, UserError, choose_device, make_folder, print_user_errors
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import PRESETS, DynamicsConfig, Parser, TokenizerConfig, UserError, choose_device, make_folder, print_user_errors
 from data_utils import Clips, TokenClips, dummy_world, open_footage, to_float
 from models.dynamics import DynamicsModel
 from models.latent_action_model import LatentActionModel
@@ -78,6 +81,15 @@ def build(settings, device):
     }
 
 
+def training_step(network, model, optimizer, batch, cfg, autocast):
+    with autocast():
+        loss, _ = network(*batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def bench_training(models, footage, cfg, device, autocast, ceilings):
     """Whole training steps of each stage, and of the dynamics model also without the token cache."""
     result, waits = {}, []
@@ -110,12 +122,7 @@ def bench_training(models, footage, cfg, device, autocast, ceilings):
             waited.append(time.perf_counter() - began)
             batch = prepare(*batch)
             model.train()
-            with autocast():
-                loss, _ = network(*batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            training_step(network, model, optimizer, batch, cfg, autocast)
 
         durations = seconds(step, device)
         typical = median(durations)
@@ -154,15 +161,7 @@ def bench_pieces(sizes, cfg, device, autocast, peak):
         for group in optimizer.param_groups if unfused else ():
             group["fused"] = False
 
-        def step():
-            with autocast():
-                loss, _ = network(tokens[:batch], actions[:batch])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step, model
+        return (lambda: training_step(network, model, optimizer, (tokens[:batch], actions[:batch]), cfg, autocast)), model
 
     def time_of(**changes):
         return median(seconds(step_of(**changes)[0], device))
@@ -268,6 +267,53 @@ def bench_attention(device):
     return result
 
 
+def print_step_time(kind, duration):
+    """Train a stage with the `cpu` preset's sizes, or play the shipped world, for so many seconds; print the median seconds of a step."""
+    device, cfg = torch.device("cpu"), DynamicsConfig()
+    if kind == "play":
+        world = WorldModel.load(DEFAULT)
+        world.reset(world.start_frames[0])
+
+        def step():
+            world.step(1)
+    else:
+        model = build(lambda stage, name: getattr(DynamicsConfig if stage == "dynamics" else TokenizerConfig, name), device)[kind]
+        B, T = cfg.batch_size, cfg.context_length
+        tokens = torch.randint(1024, (B, T, 64)), torch.randint(8, (B, T - 1))
+        batch = tokens if kind == "dynamics" else (torch.rand(B, T, 3, 64, 64) * 2 - 1,)
+        optimizer, autocast = make_optimizer(model, cfg), autocast_on(device)
+
+        def step():
+            training_step(model, model, optimizer, batch, cfg, autocast)
+
+    reuse_memory()
+    times, began = [], time.perf_counter()
+    while not times or time.perf_counter() - began < duration:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    print(median(sorted(times[len(times) // 3 :])))  # the first third is for warming up, and until others have started, too
+
+
+def bench_beside(kinds=("tokenizer", "lam", "dynamics", "play"), duration=25):
+    """How much longer a step takes beside a training of the tokenizer, with the short spin of config.py and with OpenMP's usual one."""
+    result = {}
+    for spin, count in (("short_spin", "1000"), ("usual_spin", "300000")):  # libgomp's manual names the usual one
+        for kind in kinds:
+
+            def start(kind, duration, count=count):
+                command = [sys.executable, "-c", f"import bench; bench.print_step_time({kind!r}, {duration})"]
+                return subprocess.Popen(command, cwd=Path(__file__).parent, env={**os.environ, "GOMP_SPINCOUNT": count}, stdout=subprocess.PIPE, text=True)
+
+            alone = float(start(kind, duration / 2).communicate()[0])
+            other, child = start("tokenizer", 2 * duration), start(kind, duration)
+            beside = float(child.communicate()[0])
+            other.kill()
+            other.communicate()
+            result |= {f"beside/{kind}_{spin}_alone_ms": 1e3 * alone, f"beside/{kind}_{spin}_beside_ms": 1e3 * beside, f"beside/{kind}_{spin}": beside / alone}
+    return result
+
+
 def peak_memory(device):
     """Megabytes: of the GPU, or of the process so far."""
     if device.type == "cuda":
@@ -315,6 +361,7 @@ def main(argv=None):
     parser.add_argument("--peer-size", action="store_true", help="64×64, patch 8, E 128, hidden 512, 4 blocks, 8 clips of 4 frames, 10 MaskGIT passes")
     parser.add_argument("--peer", default="", metavar="FOLDER", help="a clone of tinyworlds to measure in the same run")
     parser.add_argument("--large", action="store_true", help="only a dynamics model of 140 M parameters, with --batch-size clips a step")
+    parser.add_argument("--beside", action="store_true", help="only what a second training on the same CPU cores costs")
     parser.add_argument("--batch-size", type=int, default=0, help="clips a step [the preset's]")
     parser.add_argument("--data-path", default="", metavar="FILE", help="footage to train on, for the time that training waits for it [the dummy world]")
     parser.add_argument("--age", type=int, default=1000, help="frame whose latency is compared with frame 20's [1000]")
@@ -345,10 +392,12 @@ def main(argv=None):
     footage = open_footage(Namespace(data_path=args.data_path, data_type="auto", use_dummy_data=not args.data_path, frame_size=64))
     autocast = autocast_on(device)
     cfg.dtype = "bfloat16" if autocast.keywords["enabled"] else "float32"
-    peer = [bench_peer(args.peer)] if args.peer and not args.large else []
-    ceilings = {str(dtype)[6:]: ceiling(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    peer = [bench_peer(args.peer)] if args.peer and not (args.large or args.beside) else []
+    ceilings = {} if args.beside else {str(dtype)[6:]: ceiling(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     report = {f"ceiling/{name}_gflops": value / 1e9 for name, value in ceilings.items()}
-    if args.large:
+    if args.beside:
+        report |= bench_beside()
+    elif args.large:
         sizes = {name: getattr(cfg, name) for name in LARGE}
         report |= bench_pieces(sizes, cfg, device, autocast, 1e9 * report[f"ceiling/{'bfloat16' if autocast.keywords['enabled'] else 'float32'}_gflops"])
     else:

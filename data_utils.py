@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import UserError
+
 import h5py
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import UserError
 from models.distributed import n_ranks, rank
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken video gets our one line, not the decoder's twenty

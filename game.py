@@ -1,12 +1,15 @@
 """The game behind every player: a world, where it began, what was pressed, and the way back. It knows no window and no page.
 
-The window (play.py) and the page's server (web/server.py) both play this one; the static page (web/local.js) does the same in the browser.
+The window (play.py), the terminal (player/terminal.py) and the page's server (web/server.py) all play this one; the static page (web/local.js)
+does the same in the browser.
 """
 import base64
 import binascii
 import copy
 import json
+import math
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +41,7 @@ class Game:
 
     def start(self, clip):
         """Begin after the frames of a clip, uint8 (T, H, W, 3); → the last of them."""
-        self.clip, self.actions = np.array(clip), []
+        self.clip, self.actions, self.outcomes = np.array(clip), [], []
         self.begun = self.world.encode(self.clip)
         self.world.begin(*self.begun, single=True)
         self.tokens = [self.world.last.clone()]  # of the frame before each action, and of the last frame
@@ -47,8 +50,13 @@ class Game:
 
     def press(self, action):
         """One step with a latent action in [0, n_actions); → the next frame."""
-        self.world.generator.manual_seed((self.seed << 32) + len(self.actions))
-        self.frame = self.world.step(action)
+        known = self.outcomes.pop(0) if self.outcomes else (None, None)
+        if known[0] == action:
+            self.frame = self.world.follow(known[1], torch.tensor([action], device=self.world.device))
+        else:
+            self.outcomes = []  # another way than the saved run's
+            self.world.generator.manual_seed((self.seed * 0x9E3779B1 + len(self.actions)) % 2**32)  # on a CPU, torch takes no more bits
+            self.frame = self.world.step(action)
         self.actions.append(int(action))
         self.tokens.append(self.world.last.clone())
         return self.frame
@@ -69,6 +77,7 @@ class Game:
         else:
             self.world.begin(self.tokens[first].unsqueeze(1), self._action(first - 1).unsqueeze(1), single=True)
         del self.actions[n:], self.tokens[n + 1 :]
+        self.outcomes = []
         self.frame = self.clip[-1]
         for i in range(first, n):
             yield
@@ -80,36 +89,46 @@ class Game:
     def record(self):
         """What it takes to play the same again, for json.dump; `read_run` reads it."""
         return {
-            "what": "nanoworld run", "world": self.world.identity, "shape": list(self.clip.shape),
+            "what": "nanoworld run", "version": 2, "world": self.world.identity, "shape": list(self.clip.shape),
             "clip": base64.b64encode(self.clip.tobytes()).decode(), "seed": self.seed, "steps": self.world.steps,
             "temperature": self.world.temperature, "actions": self.actions, "threads": torch.get_num_threads(),
         }  # fmt: skip
 
 
 def read_run(path, world):
-    """A file that `Game.record` made, or the page saved → (the Game at its beginning, the actions). Sets torch's threads. Raises UserError."""
+    """A file that `Game.record` made, or the page saved → (the Game at its beginning, the actions). Sets torch's threads. Raises UserError.
+
+    The page in the browser has a random generator of its own, so its runs also hold the tokens of each frame: those the Game then shows,
+    as long as the same actions are pressed.
+    """
     try:
         run = json.loads(Path(path).read_text(encoding="utf-8"))
         shape, actions, seed, steps, threads = run["shape"], run["actions"], run["seed"], run["steps"], run.get("threads", 1)
+        tokens = [[int(token) for token in frame] for frame in run.get("tokens", [])]
         clip = np.frombuffer(base64.b64decode(run["clip"], validate=True), dtype=np.uint8).reshape(shape)
         numbers = all(type(n) is int and 0 <= n < 2**31 for n in [seed, steps, threads, *actions, *shape])
         sound = run["what"] == "nanoworld run" and isinstance(actions, list) and len(shape) == 4 and 0 not in shape and shape[0] <= 64
         if not (sound and numbers and 1 <= steps <= 1000 and 1 <= threads <= 1024 and 0 <= run["temperature"] < float("inf")):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, binascii.Error, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, binascii.Error, RecursionError):
         raise UserError(f"{path} is not a run that this project saved; save one with --save run.json or on the page") from None
     if run["world"] != world.identity:
         other = "".join(c for c in str(run["world"])[:40] if c.isprintable())
         raise UserError(f"{path} was played in world {other}, this is {world.identity}; name its folder with --checkpoint")
     if shape[1:] != [*world.frame_size, 3] or max(actions, default=0) >= world.n_actions:
         raise UserError(f"{path} has frames or actions that this world does not know")
+    n_patches, n_codes = math.prod(world.dynamics.grid), world.dynamics.mask_index
+    if not all(len(frame) == n_patches and all(0 <= token < n_codes for token in frame) for frame in tokens):
+        raise UserError(f"{path} has tokens that this world does not know")
     world = copy.copy(world)
     if run.get("half"):
         round_weights(world)
     if "threads" in run and threads <= 4 * os.cpu_count():  # with more than that a step would take seconds
         torch.set_num_threads(threads)
     world.steps, world.temperature = steps, run["temperature"]
-    return Game(world, clip[None], seed), actions
+    game = Game(world, clip[None], seed if run.get("version") == 2 else 0)  # before version 2 all seeds gave the same random numbers
+    game.outcomes = [(action, torch.tensor([frame], device=world.device)) for action, frame in zip(actions, tokens)]
+    return game, actions
 
 
 def round_weights(world):
@@ -132,9 +151,49 @@ def idle_action(world):
     return max(still, key=lambda row: row["share"])["action"] if still else None
 
 
-def legend(world, clip, n_frames=8):
-    """What each action does when it is held: uint8 (n_actions, n_frames, H, W, 3), all after the same clip (T, H, W, 3)."""
+def legend_frames(world, clip, n_frames=8):
+    """What each action does when it is held, frame by frame: uint8 (n_actions, H, W, 3), all after the same clip (T, H, W, 3)."""
     world = copy.copy(world)
     world.generator, world.last = torch.Generator(world.device).manual_seed(0), world.last[:0]
     world.reset(np.repeat(np.asarray(clip)[None], world.n_actions, axis=0))
-    return np.stack([world.step(range(world.n_actions)) for _ in range(n_frames)], axis=1)
+    for _ in range(n_frames):
+        yield world.step(range(world.n_actions))
+
+
+def key_table(world):
+    """A line per action: its key, its name if it has one, its arrow key if it has one, such as "2  ← view left  (arrow left)"."""
+    arrows = {action: f"(arrow {arrow})" for arrow, action in arrow_actions(world).items()}
+    names = ["" if name == str(i) else name for i, name in enumerate(world.action_names)]
+    return ["  ".join(part for part in (KEYS[i : i + 1], name, arrows.get(i, "")) if part) for i, name in enumerate(names)]
+
+
+def play_loop(game, fps, show, next_key, actions=()):
+    """Play with keys, one frame per 1/fps seconds, the newest key counts; first the actions of a run, if any, then yours.
+
+    show(rate, held) draws the game's frame, the frame rate and the action held. next_key(seconds) waits at most that long for a key
+    → a character, an arrow's name, "backspace", "q", which ends the loop, or None.
+    """
+    arrows, held, rate, actions = arrow_actions(game.world), idle_action(game.world) or 0, fps, list(actions)
+    due = last = time.perf_counter()
+    while True:
+        show(rate, held)
+        key = next_key(max(0.0, due - time.perf_counter()))
+        if key == "q":
+            return
+        if key == "r":
+            game.restart()
+        if key == "backspace":
+            game.rewind(max(0, len(game.actions) - round(fps)))
+        if key is not None:
+            actions = []  # the rest of the run gives way to you
+        if key in arrows:
+            held = arrows[key]
+        elif key in tuple(KEYS[: game.world.n_actions]):
+            held = KEYS.index(key)
+        if time.perf_counter() < due:  # a key came early: wait for the frame's time
+            continue
+        now = time.perf_counter()
+        rate, last = 0.9 * rate + 0.1 / (now - last), now
+        due = max(due + 1 / fps, now)  # never hurry to catch up
+        held = actions.pop(0) if actions else held
+        game.press(held)

@@ -1,20 +1,22 @@
 """Play a trained world: your keys are the latent actions.
 
-    python play.py                                            a window on a world that comes with the code
+    python play.py                                            a world that comes with the code: a window where there is a display, else a
+                                                              player in the terminal, else (a pipe, CI) world.gif: each action for a second
+    python play.py --terminal                                 in the terminal, also through SSH and in tmux
     python play.py --checkpoint checkpoints/pong              on one that you trained
     python play.py --web                                      a page in your browser, also through an SSH tunnel
     python play.py --export-web site                          the page as a folder for any static host: no server, no Python
     python play.py --checkpoint checkpoints/pong --actions 0,3,3,1 --save out.gif   no window needed; .mp4 and .json work too
     python play.py --replay run.json --save out.gif           a saved run again, frame for frame
 
-Keys of the window: digits, then letters, choose a latent action, held until the next; the arrows stand for the actions that move the
+Keys of window and terminal: digits, then letters, choose a latent action, held until the next; the arrows stand for the actions that move the
 view or a thing that way (actions.json), else for the first four; Backspace goes back a second, R restarts from another first frame, Q
 quits; with --save the run is then written. First frames come from --data-path, from --frame, or else travelled with the world.
 """
+import ctypes
 import json
-import os
+import math
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -23,9 +25,10 @@ import numpy as np
 
 from config import Parser, UserError, check_sampling, choose_device, make_folder, print_user_errors
 from data_utils import Clips, open_footage
-from game import KEYS, Game, arrow_actions, idle_action, read_run
+from game import Game, key_table, legend_frames, play_loop, read_run
 from models.world_model import WorldModel
-from pictures import enlarge, plain, save_video
+from pictures import enlarge, labelled_grid, plain, save_video
+from player.terminal import has_terminal, play_terminal
 
 # What cv2.waitKeyEx returns on Linux, Windows and macOS.
 ARROWS = {
@@ -69,13 +72,6 @@ def parse_actions(text, n_actions):
     return actions
 
 
-def key_table(world):
-    """A line per action: its key, its name if it has one, its arrow key if it has one, such as "2  ← view left  (arrow left)"."""
-    arrows = {action: f"(arrow {arrow})" for arrow, action in arrow_actions(world).items()}
-    names = ["" if name == str(i) else name for i, name in enumerate(world.action_names)]
-    return ["  ".join(part for part in (KEYS[i : i + 1], name, arrows.get(i, "")) if part) for i, name in enumerate(names)]
-
-
 def draw(game, fps, table, held, scale):
     """The frame enlarged, and beside it the key table, the action held and the frame rate; BGR for OpenCV."""
     picture, font = enlarge(game.frame, scale), cv2.FONT_HERSHEY_SIMPLEX
@@ -90,37 +86,43 @@ def draw(game, fps, table, held, scale):
 
 
 def play_window(game, fps, actions=()):
-    """The loop of the window: one frame per 1/fps seconds, the newest key counts; first the actions of a run, if any, then yours."""
-    table, arrows, held, shown = key_table(game.world), arrow_actions(game.world), idle_action(game.world) or 0, fps
-    actions = list(actions)
-    scale = max(1, 512 // game.frame.shape[0])
+    """Play in a window of OpenCV's."""
+    table, scale, title = key_table(game.world), max(1, 512 // game.frame.shape[0]), "world"
     print("keys: " + " | ".join(table) + " | Backspace: a second back | R restart | Q quit")
-    title = "world"
     cv2.namedWindow(title, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
-    due = last = time.perf_counter()
-    while True:
-        cv2.imshow(title, draw(game, shown, table, held, scale))
-        key = cv2.waitKeyEx(max(1, int(1000 * (due - time.perf_counter()))))
-        if key in (ord("q"), ord("Q"), 27) or cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) < 1:
-            break
-        if key in (ord("r"), ord("R")):
-            game.restart()
-        if key in BACKSPACE:
-            game.rewind(max(0, len(game.actions) - round(fps)))
-        if key != -1:
-            actions = []  # the rest of the run gives way to you
-        if 0 < key < 128 and chr(key).lower() in KEYS[: game.world.n_actions]:
-            held = KEYS.index(chr(key).lower())
-        for arrow, action in arrows.items():
-            held = action if key in ARROWS[arrow] else held
-        if key != -1 and time.perf_counter() < due:  # a key came early: wait for the frame's time
-            continue
-        now = time.perf_counter()
-        shown, last = 0.9 * shown + 0.1 / (now - last), now
-        due = max(due + 1 / fps, now)  # never hurry to catch up
-        held = actions.pop(0) if actions else held
-        game.press(held)
+
+    def show(rate, held):
+        cv2.imshow(title, draw(game, rate, table, held, scale))
+
+    def next_key(seconds):
+        key = cv2.waitKeyEx(max(1, math.ceil(1000 * seconds)))
+        if key == 27 or cv2.getWindowProperty(title, cv2.WND_PROP_VISIBLE) < 1:
+            return "q"
+        arrow = next((arrow for arrow, codes in ARROWS.items() if key in codes), None)
+        return arrow or ("backspace" if key in BACKSPACE else chr(key).lower() if 0 < key < 128 else None)
+
+    play_loop(game, fps, show, next_key, actions)
     cv2.destroyAllWindows()
+
+
+def has_display():
+    """Whether a window can be opened. On Linux this asks X itself: DISPLAY may name a dead connection, and then Qt ends the process."""
+    if not sys.platform.startswith("linux"):
+        return True
+    try:
+        x11 = ctypes.CDLL("libX11.so.6")
+    except OSError:
+        return False
+    x11.XOpenDisplay.restype = ctypes.c_void_p
+    display = x11.XOpenDisplay(None)
+    return bool(display) and not x11.XCloseDisplay(ctypes.c_void_p(display))
+
+
+def save_demo(world, starts, path):
+    """A film for who cannot press keys here: each latent action (columns) held for a second, after two first frames (rows)."""
+    names = [line.partition("  (")[0] for line in key_table(world)]
+    rows = [legend_frames(world, clip, max(1, round(world.fps))) for clip in starts[:2]]
+    save_video([labelled_grid(frames, names) for frames in zip(*rows)], path, world.fps)
 
 
 def save(game, path, fps, frames=()):
@@ -138,6 +140,7 @@ def save(game, path, fps, frames=()):
 def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", default=str(DEFAULT), help="folder of a world [checkpoints/shipped/crafter]")
+    parser.add_argument("--terminal", action="store_true", help="play in the terminal, even where there is a display")
     parser.add_argument("--web", action="store_true", help="serve a page that plays it")
     parser.add_argument("--host", default="127.0.0.1", help="of the page [127.0.0.1: this machine alone]")
     parser.add_argument("--port", type=int, default=8000, help="of the page; 0 takes any free one [8000]")
@@ -151,8 +154,8 @@ def main(argv=None):
     parser.add_argument("--data-path", default="", help="begin from this footage")
     parser.add_argument("--use-dummy-data", action="store_true", help="begin from the dummy world")
     parser.add_argument("--fps", type=float, help="frames per second [as the footage]")
-    parser.add_argument("--steps", type=int, help="MaskGIT passes per frame [as trained]")
-    parser.add_argument("--temperature", type=float, help="of sampling; 0 is greedy [as trained]")
+    parser.add_argument("--steps", type=int, help="MaskGIT passes per frame [the world's, 2]")
+    parser.add_argument("--temperature", type=float, help="of sampling; 0 is greedy [the world's, 1.0]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
@@ -162,10 +165,8 @@ def main(argv=None):
         raise UserError("--actions and --replay both say what to play; leave one out")
     if args.web and args.export_web:
         raise UserError("--web serves a page and --export-web writes one; leave one out")
-    if (args.web or args.export_web) and (args.actions or args.replay or args.save):
-        raise UserError("--actions, --replay and --save are not for the page, which has buttons for that; leave them out")
-    if args.export_web and args.temperature:
-        raise UserError("the exported page plays without dice; leave out --temperature")
+    if (args.web or args.export_web) and (args.actions or args.replay or args.save or args.terminal):
+        raise UserError("--actions, --replay, --save and --terminal are not for the page, which has buttons for that; leave them out")
     if args.replay and not (args.steps is args.temperature is None and not args.frame and not args.data_path):
         raise UserError("a saved run says itself how it began and how it was sampled; leave out --frame, --data-path, --steps and --temperature")
     if args.save and Path(args.save).suffix.lower() not in (".gif", ".mp4", ".json"):
@@ -181,10 +182,14 @@ def main(argv=None):
         raise UserError(f"--games must be at least 1, got {args.games}")
     if args.beside and not (args.web or args.export_web):
         raise UserError("--beside needs --web or --export-web: side by side is for the page")
-    alone = (args.actions or args.replay) and args.save
-    screen = not sys.platform.startswith("linux") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if not (alone or screen or args.web or args.export_web):
-        raise UserError("there is no display for a window; use --web, or --actions 0,3,3,1 --save out.gif, or play where there is one")
+    alone = (args.actions or args.replay) and args.save and not args.terminal
+    player = None
+    if args.terminal:
+        player = play_terminal
+    elif not (alone or args.web or args.export_web):
+        player = play_window if has_display() else play_terminal if has_terminal() else None
+        if player is None and (args.replay or args.save):
+            raise UserError("there is no display and no terminal to play in; use --web, or --actions 0,3,3,1 --save out.gif, or --replay run.json --save out.gif")
 
     def load(path):
         world = WorldModel.load(path, choose_device(args.device), steps=args.steps, temperature=args.temperature)
@@ -212,7 +217,12 @@ def main(argv=None):
     if alone:
         frames = [game.frame] + [game.press(action) for action in actions]
         return save(game, args.save, world.fps, frames)
-    play_window(game, world.fps, actions)
+    if player is None:
+        make_folder(".")
+        save_demo(world, game.starts, "world.gif")
+        print("no display and no terminal here, so world.gif shows what the keys do: a column per latent action, held for a second after two first frames")
+        return print("to play: run this in a terminal, or with --web for a page, or with --actions 0,3,3,1 --save out.gif for a film of your own")
+    player(game, world.fps, actions)
     if args.save:
         save(game, args.save, world.fps)
 

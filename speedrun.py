@@ -14,9 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+from config import PRESETS, Parser, UserError, choose_device, print_user_errors
+
 import torch
 
-from config import PRESETS, Parser, UserError, choose_device, print_user_errors
 from record import GAMES
 
 FRAMES = {"tiny": (3_000, 1_000), "cpu": (40_000, 24_000), "gpu": (400_000, 24_000)}  # to train on, to validate on

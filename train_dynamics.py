@@ -13,11 +13,12 @@ Both earlier stages stay frozen and run once over the footage (TokenClips in dat
 import shutil
 from pathlib import Path
 
+from config import DynamicsConfig, UserError, parse_config, print_user_errors
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import DynamicsConfig, UserError, parse_config, print_user_errors
 from data_utils import TokenClips, n_buttons, open_footage, to_float
 from metrics import print_warnings
 from models.checkpoint import build_model, check_fit, fingerprint, load_checkpoint, save_checkpoint

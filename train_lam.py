@@ -10,11 +10,12 @@ Out:  OUT/lam.pt; OUT/actions.json: what each action does to the picture, the le
 
 Watch error_over_copy (below 1: the actions explain something) and codes_used (n_actions: no collapse).
 """
+from config import LatentActionConfig, parse_config, print_user_errors
+
 import torch
 from tqdm import tqdm
 
 from action_table import write_action_table
-from config import LatentActionConfig, parse_config, print_user_errors
 from data_utils import open_footage, to_float, to_uint8
 from metrics import print_warnings
 from models.latent_action_model import LatentActionModel

@@ -9,10 +9,11 @@ Out:  OUT/tokenizer.pt; in OUT/tokenizer/: metrics.jsonl, loss.png and pictures 
 
 The loss is the plain squared error; nothing else is needed, see models/video_tokenizer.py.
 """
+from config import TokenizerConfig, parse_config, print_user_errors
+
 import torch
 from tqdm import tqdm
 
-from config import TokenizerConfig, parse_config, print_user_errors
 from data_utils import open_footage, to_float, to_uint8
 from metrics import print_warnings
 from models.video_tokenizer import VideoTokenizer

@@ -6,10 +6,16 @@
 Everything is measured on the last --val-fraction of the footage, but for codebook use, which wants all of it. Recorded buttons, where the footage has them, serve
 as the yardstick for the latent actions: the ceiling is a classifier of the LAM encoder's size, trained on the buttons of the
 rest of the footage. PSNR in dB over pictures in [0, 1]; "_changing" counts only pixels that differ from the last known frame.
+
+Rollouts are sampled at a low temperature (--temperature), since PSNR wants the mean of what may come; a world is played at a higher one, for the mean
+soon becomes an endless lawn. The report says which (dynamics/temperature, dynamics/steps); the action pictures are sampled as in play.
 """
+import copy
 import json
 from functools import partial
 from pathlib import Path
+
+from config import LatentActionConfig, Parser, UserError, check_sampling, choose_device, make_folder, print_user_errors
 
 import numpy as np
 import torch
@@ -17,7 +23,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import metrics
-from config import LatentActionConfig, Parser, UserError, check_sampling, choose_device, make_folder, print_user_errors
 from data_utils import Clips, n_buttons, open_footage, to_float, to_uint8
 from models.checkpoint import MODELS, build_model, check_fit, load_checkpoint
 from models.latent_action_model import LatentActionsEncoder
@@ -29,6 +34,7 @@ from video_features import i3d_features, load_i3d, smallnet_features
 
 CONTEXT, HORIZON = 4, 16  # frames that a rollout is given, and frames that it plays
 FVD_CLIPS = 64  # fewer would make the covariance a guess
+SAMPLING = dict(steps=2, temperature=0.2)  # of the rollouts that are measured
 USAGE_FRAMES = 20_480  # at most; codebook use is counted over all of the footage
 
 
@@ -94,7 +100,7 @@ def lam_metrics(lam, clips, device):
 
 
 @torch.enable_grad()
-def classify_buttons(model_args, rest, frames, device, autocast, n_updates=400):
+def classify_buttons(model_args, rest, frames, device, autocast, n_updates):
     """Train the LAM's encoder on the buttons of the clips in `rest`; → its guesses for frames, (B, T-1)."""
     sizes = {name: model_args[name] for name in ("frame_size", "patch_size", "embed_dim", "hidden_dim", "n_heads", "n_blocks",
                                                  "context_length")}  # fmt: skip
@@ -130,7 +136,7 @@ def dynamics_metrics(world, clips, device, folder, i3d=None):
     video = to_float(frames, device)
     tokens = torch.cat([world.tokenizer.encode(batch) for batch in video.split(16)])  # (B, T, N)
     actions = torch.cat([world.lam.infer(batch) for batch in video.split(16)]) if world.lam else buttons.to(device)
-    result = {}
+    result = {"steps": world.steps, "temperature": world.temperature}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         length = world.dynamics.transformer.context_length
@@ -180,17 +186,16 @@ def dynamics_metrics(world, clips, device, folder, i3d=None):
     if folder:
         rows = [row for i in (0, len(frames) // 2) for row in (frames[i], *(torch.cat([frames[i, :CONTEXT], p[i]]) for p in played.values()))]
         save_png(grid(rows), folder / "rollouts.png")
-        save_action_pictures(world, frames[:: max(1, len(frames) // 4)][:4, :CONTEXT], actions[:: max(1, len(frames) // 4)][:4], folder)
     return result
 
 
 def save_action_pictures(world, starts, actions, folder, n_steps=8):
-    """The action table (rows: start frames; columns: the start, then each latent action held for 4 steps); actions.gif is the
+    """What a player gets: the action table (rows: start frames; columns: the start, then each latent action held for 4 steps); actions.gif is the
     table in motion over 8 steps, action_K.gif one column of it."""
     columns = [np.repeat(starts[:, -1:].numpy(), n_steps + 1, axis=1)]  # each (n, n_steps + 1, H, W, 3)
     for action in range(world.n_actions):
         world.generator.manual_seed(0)
-        world.reset(starts, actions[:, : CONTEXT - 1])
+        world.reset(starts, actions)
         columns.append(np.stack([starts[:, -1].numpy()] + [world.step([action] * len(starts)) for _ in range(n_steps)], axis=1))
         side_by_side = np.concatenate(columns[-1], axis=2)  # (n_steps + 1, H, n·W, 3)
         save_video([enlarge(frame, 2) for frame in side_by_side], folder / f"action_{action}.gif", fps=6)
@@ -211,14 +216,17 @@ def main(argv=None):
     parser.add_argument("--save-images", default="", metavar="DIR")
     parser.add_argument("--json", default="", metavar="FILE")
     parser.add_argument("--fvd-features", default="", metavar="FILE", help="TorchScript I3D, for the published FVD [a small network of our own]")
-    parser.add_argument("--steps", type=int, help="MaskGIT passes per frame [as trained]")
-    parser.add_argument("--temperature", type=float, help="of sampling; 0 is greedy [as trained]")
+    parser.add_argument("--classifier-updates", type=int, help="to train the classifier of buttons for; 0 leaves it out [400; 50 for a world of preset tiny]")
+    parser.add_argument("--steps", type=int, default=SAMPLING["steps"], help="MaskGIT passes per frame of the rollouts [2]")
+    parser.add_argument("--temperature", type=float, default=SAMPLING["temperature"], help="of their sampling; 0 is greedy [0.2]")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     if not 0 < args.val_fraction <= 1:
         raise UserError(f"--val-fraction must lie above 0 and at most at 1, got {args.val_fraction}")
     if args.clips < 1:
         raise UserError(f"--clips must be positive, got {args.clips}")
+    if args.classifier_updates is not None and args.classifier_updates < 0:
+        raise UserError(f"--classifier-updates must not be negative, got {args.classifier_updates}")
     check_sampling(args)
 
     # --- checkpoints: which stages are there
@@ -230,7 +238,7 @@ def main(argv=None):
     if not found:
         raise UserError(f"no checkpoint in {path}; expected tokenizer.pt, lam.pt or dynamics.pt")
     folder = path if path.is_dir() else path.parent
-    world = WorldModel.load(folder, device, steps=args.steps, temperature=args.temperature) if "dynamics" in found else None
+    world = WorldModel.load(folder, device) if "dynamics" in found else None
     loaded = {stage: load_checkpoint(folder / f"{stage}.pt", stage) for stage in found if stage != "dynamics"}
     models = {stage: build_model(checkpoint, folder / f"{stage}.pt").to(device) for stage, checkpoint in loaded.items()}
     if "tokenizer" in loaded:
@@ -273,13 +281,21 @@ def main(argv=None):
                 values = tokenizer_metrics(model, clips, many, device, images)
             else:
                 values = lam_metrics(model, clips, device)
-        if stage == "lam" and clips[1] is not None and args.val_fraction < 1:
+        n_updates = args.classifier_updates
+        if n_updates is None:
+            n_updates = 50 if checkpoint["config"].get("preset") == "tiny" else 400
+        if stage == "lam" and clips[1] is not None and args.val_fraction < 1 and n_updates:
             rest = Clips(footage, "train", sizes["context_length"], batch_size=16, val_fraction=args.val_fraction)
-            values["nmi_ceiling"] = metrics.nmi_above_chance(classify_buttons(sizes, rest, clips[0], device, autocast), clips[1])
+            values["nmi_ceiling"] = metrics.nmi_above_chance(classify_buttons(sizes, rest, clips[0], device, autocast, n_updates), clips[1])
         report |= {f"{stage}/{name}": value for name, value in values.items()}
     if world:
+        measured, (frames, buttons) = copy.copy(world), clips_for["dynamics"]
+        measured.steps, measured.temperature, measured.last = args.steps, args.temperature, world.last[:0]
         with autocast():
-            values = dynamics_metrics(world, clips_for["dynamics"], device, images, i3d)
+            values = dynamics_metrics(measured, (frames, buttons), device, images, i3d)
+            if images:
+                some = slice(None, None, max(1, len(frames) // 4))
+                save_action_pictures(world, frames[some][:4, :CONTEXT], None if world.lam else buttons[some][:4, : CONTEXT - 1], images)
         report |= {f"dynamics/{name}": value for name, value in values.items()}
 
     # --- report

@@ -10,13 +10,14 @@ distance is named fvd_smallnet, ranks worlds of one game, and must not be compar
 from argparse import Namespace
 from pathlib import Path
 
+from config import Parser, UserError, print_user_errors
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from config import Parser, UserError, print_user_errors
 from data_utils import Clips, open_footage
 from models.checkpoint import save_checkpoint
 

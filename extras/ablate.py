@@ -136,7 +136,7 @@ def train_row(stage, name, seed, args, clips, out):
     minutes = (time.perf_counter() - began) / 60
     finished(out, "dynamics")
     with validate.autocast_on(torch.device("cpu"))():
-        values = validate.dynamics_metrics(validate.WorldModel.load(out), clips, "cpu", None)
+        values = validate.dynamics_metrics(validate.WorldModel.load(out, **validate.SAMPLING), clips, "cpu", None)
     return {metric: float(values[metric]) for metric in DYNAMICS_METRICS} | {"minutes": minutes}
 
 

@@ -139,7 +139,7 @@ class DynamicsModel(nn.Module):
             self.states(tokens, self.condition(actions[:, :-1]), cache=cache, finished=True)
 
     @torch.no_grad()
-    def next_frame(self, last, last_action, action, cache, steps=2, temperature=0.2, generator=None):
+    def next_frame(self, last, last_action, action, cache, steps=2, temperature=1.0, generator=None):
         """One frame of play. last (B, N) with the action that led to it (B,), and the action now (B,) → tokens (B, N).
 
         The cache holds the frames before `last`, which this call finishes. steps: MaskGIT passes; temperature 0 is

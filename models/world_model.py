@@ -38,7 +38,7 @@ class WorldModel:
     identity: eight hex digits of the dynamics weights, "" where there is no checkpoint. reach: how many of the last frames a step depends on.
     """
 
-    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, action_table=(), fps=15.0, steps=2, temperature=0.2, seed=0,
+    def __init__(self, tokenizer, lam, dynamics, start_frames=None, action_names=None, action_table=(), fps=15.0, steps=2, temperature=1.0, seed=0,
                  capture=True, identity=""):  # fmt: skip
         self.tokenizer, self.lam, self.dynamics = tokenizer, lam, dynamics
         self.start_frames, self.fps, self.steps, self.temperature = start_frames, fps, steps, temperature

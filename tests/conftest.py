@@ -1,5 +1,9 @@
 """Shared by the tests: small random models, and one small world trained on the dummy data by the real scripts."""
+import collections
+
 import pytest
+
+import config  # isort: skip  before torch: two test runs at once then slow each other twofold, not tenfold
 import torch
 
 import train_dynamics
@@ -31,10 +35,24 @@ def recording(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world_dir(tmp_path_factory):
-    """A world that obeys, trained on the dummy data in well under a minute."""
+    """A world that obeys, trained on the dummy data in half a minute."""
     out = str(tmp_path_factory.mktemp("world") / "dummy")
-    options = ["--use-dummy-data", "--out", out, "--preset", "tiny"]
-    train_tokenizer.main([*options, "--n-updates", "110"])
-    train_lam.main([*options, "--n-updates", "160"])
-    train_dynamics.main([*options, "--n-updates", "220"])
+    options = ["--use-dummy-data", "--out", out, "--preset", "tiny", "--batch-size", "8"]  # many small steps at a high rate learn it fastest
+    train_tokenizer.main([*options, "--n-updates", "80", "--learning-rate", "1e-2"])
+    train_lam.main([*options, "--n-updates", "70", "--learning-rate", "8e-3"])
+    train_dynamics.main([*options, "--n-updates", "130", "--learning-rate", "2e-2"])
     return out
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line at the end: what was left out, how often, and what it takes."""
+    stats = terminalreporter.stats
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in stats.get("skipped", [])]
+    for item in stats.get("deselected", []):
+        if item.get_closest_marker("gpu"):
+            reasons.append("GPU tests need a CUDA GPU: python -m pytest -m gpu")
+        elif item.get_closest_marker("slow"):
+            reasons.append("long tests need minutes: python -m pytest -m slow")
+    if reasons:
+        counted = [f"{n} {reason}" for reason, n in collections.Counter(reasons).most_common()]
+        terminalreporter.write_line("left out: " + "; ".join(counted))

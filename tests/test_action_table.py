@@ -5,9 +5,9 @@ import pytest
 
 from action_table import describe_motion, label_of, optical_flow
 from data_utils import dummy_world
+from game import arrow_actions, idle_action, key_table
 from models.checkpoint import CheckpointError
 from models.world_model import WorldModel, read_action_table
-from play import arrow_actions, idle_action, key_table
 
 
 def motion_in_dummy_world(action):

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import cv2
@@ -6,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+import game as games
 import play
 from config import UserError
-from game import read_run
+from game import Game, key_table, play_loop, read_run
 from models.checkpoint import CheckpointError
 from models.world_model import WorldModel
-from play import ARROWS, Game, draw, key_table
+from play import ARROWS, draw
 
 
 def options(world_dir, *more):
@@ -44,6 +46,8 @@ def test_the_same_game_again(world_dir):
     assert game.actions == [0, 1, 2]
     game.restart()
     assert game.actions == [] and not np.array_equal(game.frame, starts[0][-1])  # another place
+    other = Game(WorldModel.load(world_dir, temperature=2.0), starts, seed=4)
+    assert not np.array_equal(other.press(0), Game(other.world, starts, seed=5).press(0))  # the seed counts
     again = Game(world, starts, seed=3)
     assert all(np.array_equal(again.press(a), frame) for a, frame in zip((0, 1, 2), first))
 
@@ -108,6 +112,65 @@ def test_a_saved_run_plays_again_and_is_checked(world_dir, tmp_path):
             play.main(options(world_dir, "--replay", str(run), "--save", str(gif)))
 
 
+def test_a_run_with_its_tokens_shows_them_until_another_key_is_pressed(world_dir, tmp_path):
+    """As the page in the browser saves it, whose random numbers are not ours."""
+    world = WorldModel.load(world_dir, temperature=2.0)
+    path, first = tmp_path / "run.json", Game(world, world.start_frames.numpy(), seed=7)
+    frames = [first.press(a) for a in (1, 2, 3, 4)]
+    tokens = [frame[0].tolist() for frame in first.tokens[1:]]
+    run = first.record() | {"seed": 8, "tokens": tokens}  # with this seed the world would go another way
+    path.write_text(json.dumps(run))
+    game, actions = read_run(path, world)
+    assert np.array_equal([game.press(a) for a in actions], frames)
+    game, _ = read_run(path, world)
+    assert np.array_equal([game.press(1), game.press(2)], frames[:2]) and not np.array_equal(game.press(0), frames[2])
+    assert not np.array_equal(game.press(4), frames[3]) and game.actions == [1, 2, 0, 4]
+    game, _ = read_run(path, world)
+    game.press(1), game.press(2), game.rewind(1)
+    assert not np.array_equal(game.press(2), frames[1])  # on the way back it is the world that goes on
+    for wrong, message in [([[0]] * 4, "tokens that this world does not know"), ([[1024] * 64] * 4, "tokens that this world does not know"),
+                           ([[float("inf")] * 64], "is not a run"), ("no", "is not a run"), ([3], "is not a run")]:  # fmt: skip
+        path.write_text(json.dumps(run | {"tokens": wrong}))
+        with pytest.raises(UserError, match=message):
+            read_run(path, world)
+
+
+def test_the_keys_of_every_player(world_dir, monkeypatch):
+    """play_loop, with keys that come at once and a clock that runs by a quarter of a frame."""
+    world, clock, shown = WorldModel.load(world_dir), iter(np.arange(0, 1000, 0.025)), []
+    monkeypatch.setattr(games.time, "perf_counter", lambda: next(clock))
+    game = Game(world, world.start_frames.numpy())
+    keys = iter([None, "5", None, "?", None, "up", None, "backspace", None, None, "r", None, "7", None, "q"])
+    played = []
+    monkeypatch.setattr(game, "press", lambda action, press=game.press: played.append(action) or press(action))
+    play_loop(game, 10, lambda rate, held: shown.append((rate, held)), lambda seconds: next(keys), actions=[3, 3])
+    idle, up = games.idle_action(world) or 0, games.arrow_actions(world)["up"]
+    assert [action for action, _ in itertools.groupby(played)] == [action for action, _ in itertools.groupby([3, 5, up, 7])]
+    assert 5 in {held for _, held in shown} and 3 not in played[2:] and idle is not None
+    assert game.round == 1 and game.actions[-1] == 7  # R went to another beginning
+    assert 5 < np.mean([rate for rate, _ in shown]) < 15
+
+
+def test_without_display_and_terminal_a_film_shows_what_the_keys_do(world_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISPLAY", ":87")  # there is no such X server
+    monkeypatch.setattr(play, "has_terminal", lambda: False)
+    play.main(options(world_dir))
+    film, world = Image.open("world.gif"), WorldModel.load(world_dir)
+    assert film.n_frames == round(world.fps) and film.size == (8 * 132 - 4, 24 + 2 * 132 - 4)
+    last = []
+    for clip in world.start_frames[:2].numpy():
+        frames = [*games.legend_frames(world, clip, film.n_frames)]
+        last.append(frames[-1])
+    film.seek(film.n_frames - 1)
+    shown = np.asarray(film.convert("RGB")).astype(int)
+    for row, column in ((0, 0), (1, 7)):
+        y, x = 24 + 132 * row, 132 * column
+        assert np.abs(shown[y : y + 128 : 2, x : x + 128 : 2] - last[row][column]).mean() < 12  # of 256 colours
+    said = capsys.readouterr().out
+    assert "world.gif" in said and "--web" in said and "terminal" in said
+
+
 def test_action_frame_rate_and_keys_are_on_screen(world_dir):
     game = Game(WorldModel.load(world_dir), WorldModel.load(world_dir).start_frames.numpy())
     table = key_table(game.world)
@@ -121,11 +184,15 @@ def test_action_frame_rate_and_keys_are_on_screen(world_dir):
 
 def test_bad_input(world_dir, tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setattr(play, "has_terminal", lambda: False)
+    monkeypatch.setattr("player.terminal.has_terminal", lambda: False)
     out = str(tmp_path / "x.gif")
     (tmp_path / "text.png").write_text("no picture")
     for more, message in [
-        ([], "no display .* --save out.gif"),
+        (["--save", out], "no display and no terminal .* --save out.gif"),
+        (["--replay", str(tmp_path / "none.json")], "no display and no terminal .* --save out.gif"),
+        (["--terminal"], "--terminal needs a terminal"),
+        (["--terminal", "--web"], "are not for the page"),
         (["--actions", "0,8", "--save", out], "unknown action 8; this world has 0 … 7"),
         (["--actions", "left", "--save", out], "--actions must be numbers .* 'left'"),
         (["--actions", "0"], "--actions needs --save"),
@@ -136,7 +203,6 @@ def test_bad_input(world_dir, tmp_path, monkeypatch):
         (["--web", "--games", "0"], "--games must be at least 1, got 0"),
         (["--web", "--export-web", "x"], "leave one out"),
         (["--web", "--save", out], "are not for the page"),
-        (["--export-web", "x", "--temperature", "1"], "plays without dice"),
         (["--replay", "x", "--save", out, "--steps", "3"], "a saved run says itself"),
         (["--beside", world_dir], "--beside needs --web or --export-web"),
         (["--actions", "0", "--save", out, "--frame", str(tmp_path / "text.png")], "not a picture that can be read"),

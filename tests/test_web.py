@@ -251,7 +251,7 @@ def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if not path:
-        pytest.skip("browser tests need chromium")
+        pytest.skip("browser tests need Chromium: apt-get install chromium")
     options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=options)

@@ -1,7 +1,7 @@
 """`python play.py --export-web FOLDER`: the page with the world in it, for any static host.
 
 Three ONNX graphs per world: `dynamics` is one MaskGIT pass with its temporal cache as inputs and outputs, `decoder` turns tokens into
-pixels with a cache of its own, `encoder` turns a picture that a visitor drops into tokens. The loop around them is web/local.js. Weights are
+pixels with a cache of its own, `encoder` turns a picture that a visitor drops into tokens. The loop around them is web/local.js, sampling is web/maskgit.js. Weights are
 rounded to float16, stored so, and cast back when a graph is loaded: half the size, and the tokens of PyTorch with rounded weights.
 """
 import json
@@ -19,7 +19,7 @@ from torch import nn
 from config import UserError, make_folder
 from game import round_weights
 from models.st_transformer import SpatioTemporalPositionalEncoding
-from web.site import describe, files
+from web.site import describe, files, legend
 
 try:
     import onnx
@@ -140,7 +140,7 @@ def export_world(world, starts, folder):
     clips = [[found.tolist() for found in world.encode(clip)] for clip in starts]
     (folder / "clips.bin").write_bytes(np.ascontiguousarray(starts).tobytes())
     return {
-        "identity": world.identity, "steps": world.steps, "mask": world.dynamics.mask_index, "reach": world.reach,
+        "identity": world.identity, "steps": world.steps, "temperature": world.temperature, "mask": world.dynamics.mask_index, "reach": world.reach,
         "dynamics": dynamics.cache_shape, "decoder": decoder.cache_shape, "clips": [{"tokens": tokens, "led_to": led_to} for tokens, led_to in clips],
     }  # fmt: skip
 
@@ -177,7 +177,9 @@ def export(worlds, out):
     for i, (name, world, starts) in enumerate(worlds):
         local = export_world(world, starts, out / "worlds" / str(i))
         (out / "worlds" / str(i) / "world.json").write_text(json.dumps(describe(name, world, starts) | {"local": local}))
-    shutil.copy(Path(__file__).parent / "local.js", out)
+        (out / "worlds" / str(i) / "legend.png").write_bytes([*legend(world, starts)][-1])
+    for name in ("local.js", "maskgit.js"):
+        shutil.copy(Path(__file__).parent / name, out)
     for name in RUNTIME_FILES:
         shutil.copy(dist / name, out / "runtime")
     ours = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.parent.name != "runtime")

@@ -1,5 +1,6 @@
-// The world in the browser, in a Worker: answers the questions of server.py with ONNX Runtime instead of PyTorch, and without dice
-// (temperature 0), so that first frames and actions alone say what was played.
+// The world in the browser, in a Worker: answers the questions of server.py with ONNX Runtime instead of PyTorch, and with a random
+// generator of its own. First frames, seed and actions say what is played; a saved run holds the tokens, too, for play.py --replay.
+import { fill, generator } from "./maskgit.js";
 
 const number = new URL(location.href).searchParams.get("world");
 const folder = new URL(`worlds/${number}/`, location.href);
@@ -87,23 +88,8 @@ async function choose() {
   }
 }
 
-// One pass of MaskGIT decoding at temperature 0 (maskgit_decode in models/dynamics.py, in the same float64): fill the surest tokens.
-function fill(tokens, logits, step) {
-  const V = logits.length / N, open = [];
-  tokens.forEach((token, i) => {
-    if (token !== local.mask) return;
-    let best = 0, sum = 0;
-    for (let v = 1; v < V; v++) if (logits[i * V + v] > logits[i * V + best]) best = v;
-    for (let v = 0; v < V; v++) sum += Math.exp(logits[i * V + v] - logits[i * V + best]);
-    open.push({ i, best, confidence: -Math.log(sum) });
-  });
-  const stillMasked = step === local.steps ? 0 : Math.floor(N * Math.cos(((Math.PI / 2) * step) / local.steps));
-  open.sort((a, b) => b.confidence - a.confidence || a.i - b.i);
-  for (const { i, best } of open.slice(0, open.length - stillMasked)) tokens[i] = best;
-}
-
 // ---- the game, as in game.py
-let begun, clip, history, pressed, frame;
+let begun, clip, history, pressed, frame, seed = 0;
 const last = () => history.at(-1);
 const lastAction = () => (pressed.length ? pressed.at(-1) : begun.led_to[0].at(-1));
 
@@ -129,8 +115,9 @@ async function start(beginning, pixels) {
 
 async function step(action) {
   await dynamics.run({ tokens: last(), action: lastAction() }, true);
-  const tokens = new Int32Array(N).fill(local.mask);
-  for (let k = 1; k <= local.steps; k++) fill(tokens, await dynamics.run({ tokens, action }, false), k);
+  const tokens = new Int32Array(N).fill(local.mask), { mask, steps, temperature } = local;
+  const random = generator(seed, pressed.length); // of this frame alone, so that the way back finds the same frames again
+  for (let step = 1; step <= steps; step++) fill(tokens, await dynamics.run({ tokens, action }, false), { mask, step, steps, temperature, random });
   history.push(tokens);
   pressed.push(action);
   await show(tokens);
@@ -157,8 +144,8 @@ function record() {
   let bytes = "";
   for (let i = 0; i < clip.length; i += 8192) bytes += String.fromCharCode(...clip.subarray(i, i + 8192));
   return {
-    what: "nanoworld run", world: local.identity, shape: [clip.length / (H * W * 3), H, W, 3], clip: btoa(bytes), seed: 0, steps: local.steps,
-    temperature: 0, actions: [...pressed], half: true,
+    what: "nanoworld run", version: 2, world: local.identity, shape: [clip.length / (H * W * 3), H, W, 3], clip: btoa(bytes), seed, steps: local.steps,
+    temperature: local.temperature, actions: [...pressed], tokens: history.slice(1).map((tokens) => [...tokens]), half: true,
   };
 }
 
@@ -171,6 +158,7 @@ async function answer(question) {
     await start({ tokens: [[Array.from(tokens.data)]], led_to: [[nActions]] }, question);
   } else if (question.type === "start") {
     const length = clips.length / local.clips.length;
+    seed = question.seed;
     await start(local.clips[question.start], clips.slice(question.start * length, (question.start + 1) * length));
   } else if (question.type === "step") {
     await step(question.action);

@@ -150,7 +150,7 @@ document.addEventListener("visibilitychange", () => { if (document.hidden) { rel
 
 // ---- buttons with their legend: what the picture does while the action is held
 const picture = async (path) => createImageBitmap(await (await fetch(path)).blob());
-const [H, W] = world.size, legend = await picture("worlds/0/legend.png");
+const [H, W] = world.size;
 const thumbnail = () => Object.assign(document.createElement("canvas"), { width: W, height: H });
 const legends = world.actions.map(({ key, label, arrow }, i) => {
   const button = document.createElement("button"), canvas = thumbnail(), text = document.createElement("small");
@@ -164,12 +164,14 @@ const legends = world.actions.map(({ key, label, arrow }, i) => {
   $("actions").append(button);
   return canvas.getContext("2d");
 });
-let beat = 0;
-setInterval(() => {
+picture("worlds/0/legend.png").then((legend) => { // a server makes it while the game is on
+  let beat = 0;
   const n = legend.width / W;
-  beat = (beat + 1) % (n + 3); // rests on the last frame
-  legends.forEach((context, i) => context.drawImage(legend, Math.min(beat, n - 1) * W, i * H, W, H, 0, 0, W, H));
-}, 1000 / world.fps);
+  setInterval(() => {
+    beat = (beat + 1) % (n + 3); // rests on the last frame
+    legends.forEach((context, i) => context.drawImage(legend, Math.min(beat, n - 1) * W, i * H, W, H, 0, 0, W, H));
+  }, 1000 / world.fps);
+}, fail);
 
 // ---- beginnings
 let beginning; // how the game began: a function of the screen

@@ -26,7 +26,7 @@ import torch
 
 from config import UserError
 from game import Game
-from web.site import TYPES, files
+from web.site import TYPES, files, legend
 
 try:
     from aiohttp import WSMsgType, web
@@ -82,6 +82,7 @@ class Site:
     def __init__(self, worlds, host, limit):
         self.worlds, self.limit, self.games, self.sockets = worlds, limit, 0, set()
         self.files = files(worlds, "socket")  # all that can be asked for: no path from outside is ever opened
+        self.legends = {f"worlds/{i}/legend.png": (world, starts) for i, (_, world, starts) in enumerate(worlds)}  # made when first asked for
         self.thread = ThreadPoolExecutor(1)  # torch uses all cores by itself; whoever waits longest is next
         self.hosts = None if is_address(host, "is_unspecified") else {"localhost", "127.0.0.1", "::1", host.lower()}
 
@@ -109,10 +110,24 @@ class Site:
 
     async def file(self, request):
         path = request.match_info["path"] or "index.html"
+        if path in self.legends:
+            world, starts = self.legends.pop(path)
+            self.files[path] = asyncio.ensure_future(self.work_through(legend(world, starts)))
         if path not in self.files:
             raise web.HTTPNotFound
+        if isinstance(self.files[path], asyncio.Future):  # others may ask for it, too, before it is there
+            self.files[path] = await asyncio.shield(self.files[path])
         headers = {"Cache-Control": "no-cache", "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"}
         return web.Response(body=self.files[path], content_type=TYPES[PurePosixPath(path).suffix], headers=headers)
+
+    def work(self, function, *values):
+        return asyncio.get_running_loop().run_in_executor(self.thread, function, *values)
+
+    async def work_through(self, pieces):
+        """The first of the pieces that is not None; between them others are served."""
+        while (result := await self.work(next, pieces)) is None:
+            pass
+        return result
 
     async def socket(self, request):
         """One game, as long as its socket is open."""
@@ -168,16 +183,11 @@ class Site:
             await socket.close(code=1011, message=b"the world has failed; its server printed why")
 
     async def answer_all(self, socket, world, starts, questions):
-        def work(function, *values):
-            return asyncio.get_running_loop().run_in_executor(self.thread, function, *values)
-
-        game = await work(Game, world, starts)
+        game = await self.work(Game, world, starts)
         while True:
             message = await questions.get()
             try:
-                pieces = answer(game, message.data, message.type == WSMsgType.TEXT)
-                while (reply := await work(next, pieces)) is None:
-                    pass
+                reply = await self.work_through(answer(game, message.data, message.type == WSMsgType.TEXT))
             except Refused as reason:
                 reply = json.dumps({"error": str(reason)})
             await (socket.send_bytes(reply) if isinstance(reply, bytes) else socket.send_str(reply))

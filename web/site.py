@@ -1,6 +1,6 @@
 """The files that the page consists of, as bytes: what web/server.py serves and web/export.py writes.
 
-    index.html style.css page.js channel.js film.js (local.js)     as they lie in this folder
+    index.html style.css page.js channel.js film.js (local.js maskgit.js)     as they lie in this folder
     worlds.json                           {"play": "socket" or "local", "worlds": [name, …]}
     worlds/0/world.json                   sizes, frame rate, a key and a name per action
     worlds/0/legend.png                   a row per action: what the picture does while it is held
@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from game import KEYS, arrow_actions, idle_action, legend
+from game import KEYS, arrow_actions, idle_action, legend_frames
 
 PAGE = ("index.html", "style.css", "page.js", "channel.js", "film.js")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".json": "application/json", ".png": "image/png"}
@@ -34,13 +34,21 @@ def describe(name, world, starts):
     }  # fmt: skip
 
 
+def legend(world, starts):
+    """worlds/K/legend.png in small pieces of work: None after each, then the PNG."""
+    busiest = max(starts, key=lambda clip: np.abs(np.diff(clip[-1].astype(int), axis=0)).mean())  # on plain ground no move would show
+    frames = []
+    for frame in legend_frames(world, busiest):
+        frames.append(frame)
+        yield None
+    yield png(np.stack(frames, axis=1))
+
+
 def files(worlds, play):
-    """worlds: a list of (name, WorldModel, starts) → {path below the page: bytes}."""
+    """worlds: a list of (name, WorldModel, starts) → {path below the page: bytes}, but for the legends, which take some seconds each."""
     found = {name: (Path(__file__).parent / name).read_bytes() for name in PAGE}
     found["worlds.json"] = json.dumps({"play": play, "worlds": [name for name, _, _ in worlds]}).encode()
     for i, (name, world, starts) in enumerate(worlds):
         found[f"worlds/{i}/world.json"] = json.dumps(describe(name, world, starts)).encode()
-        busiest = max(starts, key=lambda clip: np.abs(np.diff(clip[-1].astype(int), axis=0)).mean())  # on plain ground no move would show
-        found[f"worlds/{i}/legend.png"] = png(legend(world, busiest))
         found[f"worlds/{i}/starts.png"] = png([starts[:, -1]])
     return found
