@@ -176,7 +176,7 @@ def convert_videos(videos, out, frame_size):
 
 
 # --- sources -----------------------------------------------------------------------------------------------------
-def dummy_world(n_frames=4000, seed=0):
+def dummy_world(n_frames=2000, seed=0):
     """A world for tests: a still sprite amid a field of coloured tiles that scrolls 2 pixels as told.
 
     → frames uint8 (n, 64, 64, 3), actions int64 (n,): stay, left, right, up, down.

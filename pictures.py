@@ -66,7 +66,7 @@ def save_video(frames, path, fps):
 def save_curves(lines, path):
     """metrics.jsonl lines (dicts with `step`) → a picture: the loss, and one small plot for each other number."""
     names = [name for name in dict.fromkeys(n for line in lines for n in line) if not name.startswith(("val_", "step", "stopped"))]
-    figure = Figure(figsize=(3.6 * len(names), 2.8), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(names), 2.8))
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0] if names else [], names):
         for key, label in ((name, "train"), (f"val_{name}", "validation")):
             points = [(line["step"], line[key]) for line in lines if key in line]
@@ -74,4 +74,5 @@ def save_curves(lines, path):
         axes.set(title=name, xlabel="step")
         axes.legend(frameon=False)
     if names:
+        figure.subplots_adjust(left=0.17 / len(names), right=1 - 0.05 / len(names), bottom=0.18, top=0.89, wspace=0.25)
         figure.savefig(path, dpi=90)

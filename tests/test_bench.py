@@ -7,10 +7,10 @@ import bench
 from config import UserError
 
 
-def test_it_measures_every_stage_play_and_growth(tmp_path, monkeypatch):
+def test_it_measures_every_stage_play_and_growth(recording, tmp_path, monkeypatch):
     seconds = bench.seconds
-    monkeypatch.setattr(bench, "seconds", lambda action, device, repeats=12, warm_up=4: seconds(action, device, min(repeats, 2), min(warm_up, 1)))
-    report = bench.main(["--preset", "tiny", "--age", "100", "--json", str(tmp_path / "new" / "bench.json")])
+    monkeypatch.setattr(bench, "seconds", lambda action, device, repeats=12, warm_up=4: seconds(action, device, 1, 0))
+    report = bench.main(["--preset", "tiny", "--age", "100", "--data-path", recording, "--json", str(tmp_path / "new" / "bench.json")])
     numbers = {name: value for name, value in report.items() if "/" in name}
     for stage in ("tokenizer", "lam", "dynamics", "dynamics_uncached"):
         assert 0 < numbers[f"train/{stage}_utilisation"] and numbers[f"train/{stage}_tokens_per_s"] == 64 * numbers[f"train/{stage}_frames_per_s"]
@@ -34,6 +34,17 @@ def test_it_takes_a_training_step_to_pieces(tmp_path, monkeypatch):
     assert all(0 < value < 1e12 for value in pieces.values()) and pieces["roof_ms"] < pieces["step_ms"]
     assert pieces["frames_per_s"] == pytest.approx(4 * 4 / (pieces["step_ms"] / 1e3))
     assert report["preset"] == "large" and "play/fps_b1" not in report
+
+
+@pytest.mark.slow
+def test_it_measures_a_training_beside_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.bench_beside, "__defaults__", (("tokenizer", "play"), 4))
+    report = bench.main(["--beside", "--json", str(tmp_path / "beside.json")])
+    for kind in ("tokenizer", "play"):
+        for spin in ("short_spin", "usual_spin"):
+            alone, beside = (report[f"beside/{kind}_{spin}_{when}_ms"] for when in ("alone", "beside"))
+            assert report[f"beside/{kind}_{spin}"] == pytest.approx(beside / alone) and alone > 0
+    assert "train/tokenizer_utilisation" not in report and json.loads((tmp_path / "beside.json").read_text())["device"] == report["device"]
 
 
 def test_bad_options():

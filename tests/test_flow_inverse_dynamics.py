@@ -93,7 +93,7 @@ def test_samples_follow_a_known_distribution():
     torch.manual_seed(1)
     s = torch.rand(4000, 1) * 2 - 1
     a = (s + torch.randn(4000, 1) * 0.2 + torch.randint(0, 2, (4000, 1)) * 2 - 1)[:, None]
-    flow = fit(FlowInverseDynamics(1, 1), s, a, s, 500)
+    flow = fit(FlowInverseDynamics(1, 1), s, a, s, 250)
     at = torch.full((2000, 1), 0.4)
     drawn = flow.sample(at, at, 50).flatten()
     truth = 0.4 + 0.2 * torch.randn(2000) + torch.randint(0, 2, (2000,)) * 2 - 1

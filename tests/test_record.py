@@ -12,7 +12,7 @@ from record import GAMES, Game, record_shard
 
 
 def test_the_same_seed_records_the_same_frames_with_any_number_of_processes(tmp_path, monkeypatch):
-    for name, seed, workers in (("a", 3, 1), ("b", 3, 2), ("c", 4, 2)):
+    for name, seed, workers in (("a", 3, 1), ("b", 3, 2), ("c", 4, 1)):
         record.record("pong", 2200, tmp_path / f"{name}.h5", seed=seed, workers=workers)
     a, b, c = (open_footage(options(tmp_path / f"{name}.h5")) for name in "abc")
     assert a.frames.shape == (2200, 64, 64, 3) and a.actions.shape == (2200,)

@@ -58,7 +58,7 @@ def test_a_checkpoint_gives_the_outputs_of_the_model_that_was_trained(world_dir,
 
 
 def test_the_gpu_preset_runs_in_small(recording, tmp_path):
-    small = ["--data-path", recording, "--preset", "gpu", "--device", "cpu", "--n-updates", "1", "--batch-size", "2", "--context-length", "4", "--n-blocks", "1", "--out", str(tmp_path)]
+    small = ["--data-path", recording, "--preset", "gpu", "--device", "cpu", "--n-updates", "1", "--batch-size", "2", "--context-length", "4", "--n-blocks", "1", "--embed-dim", "64", "--out", str(tmp_path)]
     for script in SCRIPTS.values():
         script.main(small)
     world = WorldModel.load(tmp_path)
@@ -172,10 +172,12 @@ def test_stages_that_do_not_fit_write_nothing(world_dir, tmp_path):
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
-    for command in (["train_lam.py", "--n-actions", "6", "--out", "x"], ["play.py", "--checkpoint", str(tmp_path), "--bad"]):
-        result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == 2 and result.stdout == ""
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    commands = ["train_lam.py", "--n-actions", "6", "--out", "x"], ["play.py", "--checkpoint", str(tmp_path), "--bad"]
+    pipes = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for process in [subprocess.Popen([sys.executable, *command], **pipes) for command in commands]:
+        stdout, stderr = process.communicate()
+        assert process.returncode == 2 and stdout == ""
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1
 
 
 def test_tokenizer_and_lam_scripts_are_nearly_the_same_script():

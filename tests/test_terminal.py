@@ -30,15 +30,13 @@ class Screen:
 
     def receive(self, text):
         for numbers, kind, character in re.findall(r"\x1b\[([?\d;]*)([a-zA-Z])|(.)", text, re.S):
-            values = [int(n) for n in re.findall(r"\d+", numbers)]
             if kind == "H":
-                self.y, self.x = values[0] - 1, values[1] - 1
+                self.y, self.x = (int(n) - 1 for n in numbers.split(";"))
             elif kind == "J":
                 self.text[:] = " "
             elif kind == "m":
-                for ground, layer in ((38, 0), (48, 1)):  # the upper pixel is the character's own colour
-                    if ground in values:
-                        self.color[layer] = values[values.index(ground) + 2 :][:3]
+                for ground, *color in re.findall(r"([34])8;2;(\d+);(\d+);(\d+)", numbers):
+                    self.color["34".index(ground)] = color  # the upper pixel is the character's own colour
             elif character == "\n":
                 self.y, self.x = self.y + 1, 0
             elif character:

@@ -621,15 +621,22 @@ def test_codes_are_put_together_to_places_as_large_as_patches():
         assert torch.equal(x[0, 0, row * n + column], block.flatten())
 
 
-def test_from_recordings_to_a_report(tmp_path, monkeypatch):
+def recordings(tmp_path, monkeypatch, n_shards):
+    """Doom in shards, and a size of model that trains in seconds; → the options of both trainers."""
     pytest.importorskip("vizdoom")
     monkeypatch.setitem(pretrain.SIZES, "nano", pretrain.SIZES["nano"] | dict(size=64, encoder=(48, 1, 2), masked=(48, 1, 2), predictor=(48, 1, 2)))
     monkeypatch.setattr(doom, "PLACES", ["my_way_home"])
     for name, seed in (("train", 0), ("test", 1)):
-        for i in range(2):
+        for i in range(n_shards):
             doom.record_shard(str(tmp_path / name), seed, 200, 100, i)
+    return ["--data", str(tmp_path / "train-*.tar"), "--size", "nano", "--out", str(tmp_path / "out"), "--batch-size", "4", "--buffer", "6", "--every", "8",
+            "--learning-rate", "3e-3"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_from_recordings_to_a_report(tmp_path, monkeypatch):
+    options = recordings(tmp_path, monkeypatch, n_shards=2)
     data, out = str(tmp_path / "train-*.tar"), str(tmp_path / "out")
-    options = ["--data", data, "--size", "nano", "--out", out, "--batch-size", "4", "--buffer", "6", "--every", "8", "--learning-rate", "3e-3"]
     pretrain.main([*options, "--n-updates", "4", "--num-frames", "4"])
     lines = [json.loads(line) for line in Path(out, "pretrain", "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4 and lines[-1]["effective_rank"] > 1
@@ -664,6 +671,18 @@ def test_from_recordings_to_a_report(tmp_path, monkeypatch):
     assert report["planning/plan/success"] in (0.0, 1.0) and report["reader/frames_per_second/every frame"] > 0
     assert 0 <= report["reader/share_of_training_waited"] <= 1  # also of a log of one line
 
+
+def test_both_trainers_train_and_refuse_what_is_wrong(tmp_path, monkeypatch):
+    options, out = recordings(tmp_path, monkeypatch, n_shards=1), str(tmp_path / "out")
+    pretrain.main([*options, "--n-updates", "2", "--num-frames", "4"])
+    again = [*options, "--encoder", f"{out}/pretrain.pt", "--action-dim", "38"]
+    train.main([*again, "--n-updates", "20"])
+    lines = [json.loads(line) for line in Path(out, "action_predictor", "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["forced"] < lines[-1]["copy"] * 1.5
+    target = pretrain.Pretraining(**torch.load(f"{out}/pretrain.pt")["model_args"])
+    target.load_state_dict(torch.load(f"{out}/pretrain.pt")["model"])
+    encoder, _, _ = train.load_model(f"{out}/action_predictor.pt")
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), target.target.parameters()))  # frozen
     for argv, message in [
         (["--data", "none.tar"], "no shard is called none.tar"),
         (["--num-frames", "15"], "--num-frames must be even, got 15"),

@@ -12,11 +12,13 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import play
 from config import UserError
 from game import Game, read_run
+from models.dynamics import maskgit_decode
 from models.world_model import WorldModel
 
 aiohttp = pytest.importorskip("aiohttp", reason='the page is an extra: pip install ".[web]"')
@@ -415,49 +417,114 @@ def test_the_page_plays_the_game_of_the_server(site, world, open_page, tmp_path)
     assert site[1].games == 1
 
 
-def test_the_static_page_plays_without_a_server_and_finds_pytorchs_tokens(world_dir, open_page, tmp_path):
+@pytest.fixture(scope="module")
+def exported(world_dir, tmp_path_factory):
+    """The static page in a folder, at temperature 0, and its address."""
     pytest.importorskip("onnxscript", reason='the export is an extra: pip install ".[web]"')
-    out = tmp_path / "site"
-    play.main(["--checkpoint", world_dir, "--export-web", str(out)])
-    play_again = ["--checkpoint", world_dir, "--export-web", str(tmp_path)]
+    out = tmp_path_factory.mktemp("export") / "site"
+    play.main(["--checkpoint", world_dir, "--export-web", str(out), "--temperature", "0"])
     with pytest.raises(UserError, match="is not empty and no earlier export"):
-        play.main(play_again)
+        play.main(["--checkpoint", world_dir, "--export-web", str(out.parent)])
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=out)
     handler.log_message = lambda *_: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
         threading.Thread(target=files.serve_forever, daemon=True).start()
-        page = open_page(f"http://127.0.0.1:{files.server_port}")
-        run, end = exercise(page, tmp_path)
-        game, actions = read_run(run, WorldModel.load(world_dir))  # rounds the weights as the page has them
-        frames = [game.press(a) for a in actions]
-        assert actions == [1, 1, 1, 1, 4, 4] and np.abs(frames[-1].astype(int) - end).max() <= 1  # a pixel may round the other way
-        pressed = [int(a) for a in np.random.default_rng(0).integers(0, 8, 64)]
-        found = page.evaluate(
-            """async (actions) => {
-                const world = (await import("./channel.js")).connect(0, "local");
-                await world.ask({ type: "start", start: 3, seed: 0 });
-                for (const action of actions) await world.ask({ type: "step", action });
-                await world.ask({ type: "rewind", to: 40 });
-                for (const action of actions.slice(40)) await world.ask({ type: "step", action });
-                return (await world.ask({ type: "save" })).tokens;
-            }""",
-            pressed,
-        )
-        game.start(game.world.start_frames[3].numpy())
-        for action in pressed:
-            game.press(action)
-        assert found == [tokens[0].tolist() for tokens in game.tokens]
-        picture = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
-        found = page.evaluate(
-            """async (bytes) => {
-                const world = (await import("./channel.js")).connect(0, "local");
-                await world.ask(Uint8Array.from(bytes));
-                for (const action of [1, 2]) await world.ask({ type: "step", action });
-                return (await world.ask({ type: "save" })).tokens;
-            }""",
-            picture.flatten().tolist(),
-        )
-        game.start(picture)
-        game.press(1), game.press(2)
-        assert found == [tokens[0].tolist() for tokens in game.tokens]
+        yield out, f"http://127.0.0.1:{files.server_port}"
         files.shutdown()
+
+
+def test_the_static_page_plays_without_a_server_and_finds_pytorchs_tokens(world_dir, exported, open_page, tmp_path):
+    page = open_page(exported[1])
+    run, end = exercise(page, tmp_path)
+    game, actions = read_run(run, WorldModel.load(world_dir))  # rounds the weights as the page has them
+    frames = [game.press(a) for a in actions]
+    assert actions == [1, 1, 1, 1, 4, 4] and np.abs(frames[-1].astype(int) - end).max() <= 1  # a pixel may round the other way
+    pressed = [int(a) for a in np.random.default_rng(0).integers(0, 8, 64)]
+    found = page.evaluate(
+        """async (actions) => {
+            const world = (await import("./channel.js")).connect(0, "local");
+            await world.ask({ type: "start", start: 3, seed: 0 });
+            for (const action of actions) await world.ask({ type: "step", action });
+            await world.ask({ type: "rewind", to: 40 });
+            for (const action of actions.slice(40)) await world.ask({ type: "step", action });
+            return (await world.ask({ type: "save" })).tokens;
+        }""",
+        pressed,
+    )
+    game.start(game.world.start_frames[3].numpy())
+    for action in pressed:
+        game.press(action)
+    assert found == [tokens[0].tolist() for tokens in game.tokens]
+    picture = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    found = page.evaluate(
+        """async (bytes) => {
+            const world = (await import("./channel.js")).connect(0, "local");
+            await world.ask(Uint8Array.from(bytes));
+            for (const action of [1, 2]) await world.ask({ type: "step", action });
+            return (await world.ask({ type: "save" })).tokens;
+        }""",
+        picture.flatten().tolist(),
+    )
+    game.start(picture)
+    game.press(1), game.press(2)
+    assert found == [tokens[0].tolist() for tokens in game.tokens]
+
+
+PLAY = """async ([seed, actions]) => {
+    const world = (await import("./channel.js")).connect(0, "local");
+    await world.ask({ type: "start", start: 1, seed });
+    for (const action of actions) await world.ask({ type: "step", action });
+    await world.ask({ type: "rewind", to: 3 });
+    for (const action of actions.slice(3)) await world.ask({ type: "step", action });
+    return (await world.ask({ type: "save" })).run;
+}"""
+
+
+def test_the_static_page_samples_with_a_seed_and_its_runs_play_again(world_dir, exported, open_page, tmp_path):
+    out, url = exported
+    told = json.loads((out / "worlds/0/world.json").read_text())
+    told["local"]["temperature"] = 1.0  # as it is without the option
+    (out / "worlds/0/world.json").write_text(json.dumps(told))
+    page = open_page(url)
+    actions = [1, 1, 4, 4, 2, 2]
+    run, same, other = (page.evaluate(PLAY, [seed, actions]) for seed in (7, 7, 8))
+    assert run == same and run["tokens"] != other["tokens"] and run["seed"] == 7 and run["temperature"] == 1.0
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run))
+    game, found = read_run(path, WorldModel.load(world_dir))
+    assert found == actions
+    for action in found:
+        game.press(action)
+    assert [tokens[0].tolist() for tokens in game.tokens[1:]] == run["tokens"]
+    play.main(["--checkpoint", world_dir, "--replay", str(path), "--save", str(tmp_path / "again.gif")])
+    # against PyTorch's probabilities: of 20,000 equal tokens filled in one pass, each kind as often as it should be
+    logits, temperature, n = [0.0, 1.0, 2.0, -1.0], 0.7, 20_000
+    tokens = page.evaluate(
+        """async ([logits, temperature, n]) => {
+            const { fill, generator } = await import("./maskgit.js"), tokens = new Int32Array(n).fill(4);
+            const all = Float32Array.from({ length: n * 4 }, (_, i) => logits[i % 4]);
+            fill(tokens, all, { mask: 4, step: 1, steps: 1, temperature, random: generator(3, 5) });
+            return [...tokens];
+        }""",
+        [logits, temperature, n],
+    )
+    expected = (torch.tensor(logits) / temperature).softmax(0).numpy()
+    assert np.abs(np.bincount(tokens, minlength=4) / n - expected).max() < 4 * 0.5 / np.sqrt(n)
+    # and of two passes: the first fills as many, and, with noise in the order, nearly the same mixture, as maskgit_decode does
+    shares = page.evaluate(
+        """async ([logits, temperature, n]) => {
+            const { fill, generator } = await import("./maskgit.js"), tokens = new Int32Array(n).fill(4);
+            const all = Float32Array.from({ length: n * 4 }, (_, i) => logits[i % 4]), random = generator(1, 0);
+            fill(tokens, all, { mask: 4, step: 1, steps: 2, temperature, random });
+            return [0, 1, 2, 3, 4].map((kind) => tokens.filter((token) => token === kind).length / n);
+        }""",
+        [logits, temperature, n],
+    )
+    seen = []
+
+    def logits_of(tokens):
+        seen.append(tokens)
+        return torch.tensor(logits).expand(1, n, 4)
+
+    maskgit_decode(logits_of, torch.full((1, n), 4), 4, 2, temperature, torch.Generator().manual_seed(0))
+    assert np.allclose(shares, np.bincount(seen[1][0], minlength=5) / n, atol=0.02)
