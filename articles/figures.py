@@ -37,7 +37,7 @@ from models.st_transformer import SpatioTemporalPositionalEncoding, SpatioTempor
 from models.world_model import WorldModel  # noqa: E402
 from pictures import grid, labelled_grid, save_png  # noqa: E402
 from speedrun import describe_device, git_commit  # noqa: E402
-from validate import unit  # noqa: E402
+from validate import SAMPLING, unit  # noqa: E402
 from video_features import smallnet_features  # noqa: E402
 
 WORLD, OUT, NUMBERS = ROOT / "checkpoints/shipped/doom-maze", ROOT / "articles/figures", ROOT / "results/articles.json"
@@ -635,7 +635,7 @@ def main(argv=None):
         path = f"{folder}/doom-maze.h5"
         record.main(["doom-maze", "--frames", str(args.frames), "--seed", "3000", "--out", path])
         clips = Clips(open_footage(Namespace(data_path=path, data_type="h5", use_dummy_data=False, frame_size=64)), "val", 8, val_fraction=0.9)
-        world = WorldModel.load(WORLD)
+        world = WorldModel.load(WORLD, **SAMPLING)  # as numbers are measured
         for picture in PICTURES:
             with torch.set_grad_enabled(picture in TRAIN):
                 numbers |= picture(world, clips)

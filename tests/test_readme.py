@@ -1,6 +1,10 @@
 """The README's numbers are those of the result files, and its commands exist."""
+import ast
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +64,65 @@ def test_the_shipped_worlds_have_cards_and_fit():
         assert f"| dynamics/delta_psnr_t4 | {report['dynamics/delta_psnr_t4']:.3g} |" in card
         world = WorldModel.load(folder)
         assert all(f"| {row['action']} | {row['label']} |" in card for row in world.action_table) and world.action_table
+
+
+def test_the_front_door_is_the_same_everywhere():
+    """The README's two commands are those that CI runs, in environments with nothing else, and that CONTRIBUTING names."""
+    block = re.search(r"## Two commands\n+```\n(.*?)```", README, re.S)[1]
+    lines = [line.partition("#")[0].strip() for line in block.splitlines() if line.startswith("pip install")]
+    assert lines == ["pip install -r requirements.txt && python play.py", "pip install -r requirements-dev.txt && python -m pytest"]
+    assert subprocess.run(["bash", ROOT / ".ci" / "run", "--lines"], capture_output=True, text=True, check=True).stdout.splitlines() == lines
+    assert all(line in (ROOT / "CONTRIBUTING.md").read_text() for line in lines)
+
+
+def packages(name):
+    return {re.split(r"[=<>;\[]", line)[0].strip().lower() for line in (ROOT / name).read_text().splitlines() if line and line[0] not in "#-"}
+
+
+def test_requirements_hold_what_is_imported_and_playing_needs_no_test_tools():
+    ours = {path.stem for path in ROOT.glob("**/*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    needed = set()
+    for path in [*ROOT.glob("*.py"), *(path for folder in ("models", "web", "player", "extras", "articles", "tests") for path in (ROOT / folder).rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                needed |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                needed.add(node.module.partition(".")[0])
+    needed -= ours | set(sys.stdlib_module_names)
+    distributions = {"cv2": "opencv-python", "PIL": "matplotlib", "ale_py": "ale-py", "google": "protobuf", "procgen": "procgen-mirror"}
+    missing = {distributions.get(name, name).lower() for name in needed} - packages("requirements.txt") - packages("requirements-dev.txt")
+    assert missing <= {"procgen-mirror"}, missing  # CoinRun wants an environment of its own
+    assert packages("requirements.txt") == {"torch", "numpy", "einops", "opencv-python", "h5py", "matplotlib", "tqdm", "vizdoom"}
+
+
+def first_import(path, seen):
+    """Which of config and torch a program imports first, looking into this project's own modules as Python does."""
+    seen.add(path)
+    for node in ast.parse(path.read_text()).body:
+        names = [name.name for name in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            if name in ("config", "torch") or name.startswith("torch."):
+                return name.partition(".")[0]
+            module = ROOT / (name.replace(".", "/") + ".py")
+            if module.exists() and module not in seen and (found := first_import(module, seen)):
+                return found
+    return None
+
+
+PROGRAMS = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("extras/*/*train.py")) if "\n    print_user_errors()\n    main()" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(ROOT)) for path in [*PROGRAMS, ROOT / "nanoworld.py"]))
+def test_every_program_asks_openmp_for_short_spins_before_torch_is_loaded(name):
+    assert first_import(ROOT / name, set()) == "config"
+
+
+def test_what_the_user_has_set_for_openmp_stands():
+    for given, found in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
+        source = (ROOT / "config.py").read_text().partition("import torch")[0]
+        environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+        code = source + "\nprint(os.environ.get('GOMP_SPINCOUNT'))"
+        assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.strip() == str(found)
 
 
 def test_files_and_options_in_the_readme_exist():

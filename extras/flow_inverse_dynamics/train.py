@@ -9,12 +9,13 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from config import Parser, UserError, choose_device, print_user_errors  # noqa: E402
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 from extras.flow_inverse_dynamics.create_dataset import read_arrays, triplets_path  # noqa: E402
 from extras.flow_inverse_dynamics.model import FlowInverseDynamics  # noqa: E402
 from extras.flow_inverse_dynamics.pendulum import Sequences, read_config  # noqa: E402

@@ -9,13 +9,14 @@ prediction that nothing changes (copy) beside the losses.
 import sys
 from pathlib import Path
 
-import torch
-from torch import nn
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from config import UserError, print_user_errors  # noqa: E402
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 from extras.vjepa_ac.model import SIZES, TUBELET, ActionPredictor, Encoder, load_encoder, losses  # noqa: E402
 from extras.vjepa_ac.pretrain import Pretraining, Stream, parse, parser_of, reading  # noqa: E402
 from extras.vjepa_ac.vpt import Problems, ProcessVPT, find_shards, statistics  # noqa: E402
