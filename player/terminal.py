@@ -7,7 +7,6 @@ gets its screen and its settings back.
 import os
 import re
 import select
-import shutil
 import signal
 import sys
 from contextlib import contextmanager
@@ -77,7 +76,9 @@ class Display:
 
     def show(self, frame, lines, held):
         """lines: text beside the picture; the one numbered `held` stands out."""
-        size, text = shutil.get_terminal_size(), []
+        size, text = os.get_terminal_size(), []
+        if not size.columns:  # a terminal that does not say
+            size = os.terminal_size((80, 24))
         picture = fit(frame, size.columns, size.lines)
         cells = picture.reshape(len(picture) // 2, 2, -1, 3).transpose(0, 2, 1, 3).reshape(len(picture) // 2, -1, 6)  # upper and lower RGB
         if size != self.size:

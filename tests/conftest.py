@@ -38,21 +38,33 @@ def world_dir(tmp_path_factory):
     """A world that obeys, trained on the dummy data in half a minute."""
     out = str(tmp_path_factory.mktemp("world") / "dummy")
     options = ["--use-dummy-data", "--out", out, "--preset", "tiny", "--batch-size", "8"]  # many small steps at a high rate learn it fastest
-    train_tokenizer.main([*options, "--n-updates", "80", "--learning-rate", "1e-2"])
-    train_lam.main([*options, "--n-updates", "70", "--learning-rate", "8e-3"])
-    train_dynamics.main([*options, "--n-updates", "130", "--learning-rate", "2e-2"])
+    train_tokenizer.main([*options, "--n-updates", "60", "--learning-rate", "1e-2"])
+    train_lam.main([*options, "--n-updates", "60", "--learning-rate", "8e-3"])
+    train_dynamics.main([*options, "--n-updates", "110", "--learning-rate", "2e-2"])
     return out
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in two processes, half of the cores each (most tests wait for one core); `-n 0` asks for one."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    if whole and config.getoption("numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses = 2
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="GPU tests need a CUDA GPU"))
 
 
 def pytest_terminal_summary(terminalreporter):
     """One line at the end: what was left out, how often, and what it takes."""
-    stats = terminalreporter.stats
-    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in stats.get("skipped", [])]
-    for item in stats.get("deselected", []):
-        if item.get_closest_marker("gpu"):
-            reasons.append("GPU tests need a CUDA GPU: python -m pytest -m gpu")
-        elif item.get_closest_marker("slow"):
-            reasons.append("long tests need minutes: python -m pytest -m slow")
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])]
     if reasons:
-        counted = [f"{n} {reason}" for reason, n in collections.Counter(reasons).most_common()]
-        terminalreporter.write_line("left out: " + "; ".join(counted))
+        terminalreporter.write_line("left out: " + "; ".join(f"{n} {reason}" for reason, n in collections.Counter(reasons).items()))

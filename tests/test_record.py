@@ -12,12 +12,12 @@ from record import GAMES, Game, record_shard
 
 
 def test_the_same_seed_records_the_same_frames_with_any_number_of_processes(tmp_path, monkeypatch):
-    for name, seed, workers in (("a", 3, 1), ("b", 3, 2), ("c", 4, 1)):
-        record.record("pong", 2200, tmp_path / f"{name}.h5", seed=seed, workers=workers)
-    a, b, c = (open_footage(options(tmp_path / f"{name}.h5")) for name in "abc")
+    for name, workers in (("a", 1), ("b", 2)):
+        record.record("pong", 2200, tmp_path / f"{name}.h5", seed=3, workers=workers)
+    a, b = (open_footage(options(tmp_path / f"{name}.h5")) for name in "ab")
     assert a.frames.shape == (2200, 64, 64, 3) and a.actions.shape == (2200,)
     assert (a.frames == b.frames).all() and (a.actions == b.actions).all()
-    assert (a.frames != c.frames).any()
+    assert (a.frames[:200] != record_shard("pong", 4, 200, 0)[0]).any()
     assert {0, 1000, 2000} <= set(a.episode_starts) == set(b.episode_starts)
     assert a.action_names == ("noop", "up", "down") and a.fps == 15
     with h5py.File(tmp_path / "a.h5") as file:
