@@ -3,7 +3,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image  # comes with matplotlib
 
 from config import UserError
@@ -65,6 +64,8 @@ def save_video(frames, path, fps):
 
 def save_curves(lines, path):
     """metrics.jsonl lines (dicts with `step`) → a picture: the loss, and one small plot for each other number."""
+    from matplotlib.figure import Figure  # here, since it takes half a second, and players draw no curves
+
     names = [name for name in dict.fromkeys(n for line in lines for n in line) if not name.startswith(("val_", "step", "stopped"))]
     figure = Figure(figsize=(3.6 * len(names), 2.8))
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0] if names else [], names):

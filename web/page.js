@@ -164,14 +164,14 @@ const legends = world.actions.map(({ key, label, arrow }, i) => {
   $("actions").append(button);
   return canvas.getContext("2d");
 });
-picture("worlds/0/legend.png").then((legend) => { // a server makes it while the game is on
+function animate(legend) {
   let beat = 0;
   const n = legend.width / W;
   setInterval(() => {
     beat = (beat + 1) % (n + 3); // rests on the last frame
     legends.forEach((context, i) => context.drawImage(legend, Math.min(beat, n - 1) * W, i * H, W, H, 0, 0, W, H));
   }, 1000 / world.fps);
-}, fail);
+}
 
 // ---- beginnings
 let beginning; // how the game began: a function of the screen
@@ -327,4 +327,5 @@ $("json").onclick = saving(async () => {
 light();
 await restart(0);
 document.body.dataset.ready = "yes";
+picture("worlds/0/legend.png").then(animate, fail); // last: a server makes it, in some seconds, while the game is on
 if (play === "local") screens[0].channel.ask({ type: "save" }).then(({ where }) => ($("where").textContent = `in this browser, by ${where}`));
