@@ -40,7 +40,7 @@ def begin(world, dice, frames, ndim):
 
 
 class WorldModelEnv(gymnasium.Env):
-    """One world. steps: MaskGIT passes per frame; temperature: of sampling; both as trained where None."""
+    """One world. steps: MaskGIT passes per frame; temperature: of sampling; both the world's own where None."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
 

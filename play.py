@@ -16,6 +16,7 @@ quits; with --save the run is then written. First frames come from --data-path, 
 import ctypes
 import json
 import math
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -106,9 +107,9 @@ def play_window(game, fps, actions=()):
 
 
 def has_display():
-    """Whether a window can be opened. On Linux this asks X itself: DISPLAY may name a dead connection, and then Qt ends the process."""
+    """Whether a window can be opened here. On Linux this asks X itself: DISPLAY may name a dead connection, and then Qt ends the process."""
     if not sys.platform.startswith("linux"):
-        return True
+        return "SSH_CONNECTION" not in os.environ
     try:
         x11 = ctypes.CDLL("libX11.so.6")
     except OSError:

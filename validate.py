@@ -283,7 +283,7 @@ def main(argv=None):
                 values = lam_metrics(model, clips, device)
         n_updates = args.classifier_updates
         if n_updates is None:
-            n_updates = 50 if checkpoint["config"].get("preset") == "tiny" else 400
+            n_updates = 50 if checkpoint.get("config", {}).get("preset") == "tiny" else 400
         if stage == "lam" and clips[1] is not None and args.val_fraction < 1 and n_updates:
             rest = Clips(footage, "train", sizes["context_length"], batch_size=16, val_fraction=args.val_fraction)
             values["nmi_ceiling"] = metrics.nmi_above_chance(classify_buttons(sizes, rest, clips[0], device, autocast, n_updates), clips[1])

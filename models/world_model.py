@@ -57,7 +57,7 @@ class WorldModel:
     def load(cls, path, device="cpu", **settings):
         """The world in folder `path` (tokenizer.pt, lam.pt, dynamics.pt). Raises CheckpointError if they do not fit.
 
-        settings: steps, temperature and seed; a missing one, or None, is as in training.
+        settings: steps, temperature and seed; a missing one, or None, is the world's own.
         """
         path = Path(path)
         files = {stage: path / f"{stage}.pt" for stage in ("tokenizer", "lam", "dynamics")}
