@@ -269,7 +269,8 @@ def bench_attention(device):
 
 def print_step_time(kind, duration):
     """Train a stage with the `cpu` preset's sizes, or play the shipped world, for so many seconds; print the median seconds of a step."""
-    device, cfg = torch.device("cpu"), DynamicsConfig()
+    device, autocast = torch.device("cpu"), autocast_on(torch.device("cpu"))
+    cfg = DynamicsConfig(dtype="bfloat16" if autocast.keywords["enabled"] else "float32")
     if kind == "play":
         world = WorldModel.load(DEFAULT)
         world.reset(world.start_frames[0])
@@ -281,7 +282,7 @@ def print_step_time(kind, duration):
         B, T = cfg.batch_size, cfg.context_length
         tokens = torch.randint(1024, (B, T, 64)), torch.randint(8, (B, T - 1))
         batch = tokens if kind == "dynamics" else (torch.rand(B, T, 3, 64, 64) * 2 - 1,)
-        optimizer, autocast = make_optimizer(model, cfg), autocast_on(device)
+        optimizer = make_optimizer(model, cfg)
 
         def step():
             training_step(model, model, optimizer, batch, cfg, autocast)

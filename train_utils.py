@@ -42,7 +42,6 @@ def set_up(cfg):
     reuse_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     if n_ranks() > 1 and cfg.dtype == "auto":  # it is timed, and all must agree
         choice = [fast_dtype(device)]
         dist.broadcast_object_list(choice, device=device)

@@ -30,18 +30,19 @@ class SpatioTemporalPositionalEncoding(nn.Module):
 
     @staticmethod
     def rotation(times, dim):
-        """Cosine and sine (S, dim) of the angles at frame numbers times (S,), dim even; computed once for all blocks."""
+        """What `rotate` takes: cosine and signed sine (S, dim) of the angles at frame numbers times (S,), dim even; computed once for all blocks."""
         # the usual base of 10,000 is for thousands of positions; a window holds tens of frames
         frequency = 100.0 ** (-2 * torch.arange(dim // 2, device=times.device) / dim)
-        angle = (times[:, None] * frequency).repeat(1, 2)  # (S, dim)
-        return angle.cos(), angle.sin()
+        angle = times[:, None] * frequency  # (S, dim // 2)
+        sin = angle.sin()
+        return angle.cos().repeat(1, 2), torch.cat([-sin, sin], dim=1)
 
     @staticmethod
     def rotate(x, rotation):
         """Rotary encoding of x (..., S, d) by the (cos, sin) of `rotation`."""
         cos, sin = (part.to(x.dtype) for part in rotation)
         a, b = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-b, a], dim=-1) * sin
+        return x * cos + torch.cat([b, a], dim=-1) * sin
 
 
 class TemporalCache:
@@ -59,16 +60,15 @@ class TemporalCache:
         """Forget all frames, keep the memory."""
         self.filled.zero_()
 
-    def extend(self, keys, values, rotation, finished: bool):
-        """Keys and values of new frames → past and present ones, keys rotated. `finished` frames also stay for the next call.
+    def extend(self, keys, rotated, values, rotation, finished: bool):
+        """Keys (as they came, and rotated) and values of new frames → past and present ones, keys rotated. `finished` frames also stay for the next call.
 
         rotation: the (cos, sin) of all places, those of the past first.
         """
         rotate, n = SpatioTemporalPositionalEncoding.rotate, self.length
         if self.keys is None:
             self.keys, self.rotated, self.values = (keys.new_zeros(*keys.shape[:2], n, keys.shape[3]) for _ in range(3))
-        present = rotate(keys, [part[n:] for part in rotation])
-        together = torch.cat([self.rotated, present], dim=2), torch.cat([self.values, values], dim=2)
+        together = torch.cat([self.rotated, rotated], dim=2), torch.cat([self.values, values], dim=2)
         if finished:  # in place: a captured graph goes on reading the same memory
             self.keys.copy_(torch.cat([self.keys, keys], dim=2)[:, :, -n:])
             self.values.copy_(together[1][:, :, -n:])
@@ -115,10 +115,9 @@ class Attention(nn.Module):
         if not self.in_time:
             q, k, v = rearrange(self.qkv(x), "b t n (three h d) -> three (b t) h n d", three=3, h=self.n_heads)
             return self.out(rearrange(attend(q, k, v), "(b t) h n d -> b t n (h d)", b=B))
-        q, k, v = rearrange(self.qkv(x), "b t n (three h d) -> three (b n) h t d", three=3, h=self.n_heads)
-        rotate = SpatioTemporalPositionalEncoding.rotate
-        q = rotate(q, [part[-T:] for part in rotation])  # the queries are the last of the keys
-        k, v = (rotate(k, rotation), v) if cache is None else cache.extend(k, v, rotation, finished)
+        qkv = rearrange(self.qkv(x), "b t n (three h d) -> three (b n) h t d", three=3, h=self.n_heads)
+        q, k = SpatioTemporalPositionalEncoding.rotate(qkv[:2], [part[-T:] for part in rotation])  # x holds the last of the frames
+        k, v = (k, qkv[2]) if cache is None else cache.extend(qkv[1], k, qkv[2], rotation, finished)
         return self.out(rearrange(attend(q, k, v, mask), "(b n) h t d -> b t n (h d)", b=B))
 
 

@@ -1,5 +1,6 @@
 """Shared by the tests: small random models, and one small world trained on the dummy data by the real scripts."""
 import collections
+import os
 
 import pytest
 
@@ -53,6 +54,8 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # elsewhere the tests are about the CPU, whatever else the machine has
     if hasattr(config, "workerinput"):
         torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
 
@@ -60,7 +63,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="GPU tests need a CUDA GPU"))
+            item.add_marker(pytest.mark.skip(reason="GPU tests need a CUDA GPU and -m gpu"))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,4 +1,7 @@
 """What a GPU must not change: `python -m pytest -m gpu` on a machine that has one; with -m slow the same checks run on the CPU, where they can."""
+import math
+
+import cv2
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,8 @@ from conftest import SIZES, randomise
 from test_trust import train
 from test_world_model import pictures, small_world
 
+import play
+import validate
 from models.checkpoint import load_checkpoint
 from models.dynamics import DynamicsModel
 from models.latent_action_model import LatentActionModel
@@ -36,6 +41,7 @@ def outputs(stage, model, device):
 
 def result(stage, device, network=lambda model: model, dtype=None):
     """Output and gradients of a small model, in float64 on the CPU."""
+    torch.set_float32_matmul_precision("highest")  # a program that chose a GPU has set it to TF32
     model = randomise(MODELS[stage]()).to(device)
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
         output = outputs(stage, network(model), device)
@@ -115,6 +121,19 @@ def test_training_goes_on_under_autocast(device, recording, tmp_path):
     once, again = (load_checkpoint(tmp_path / name / "tokenizer.pt", "tokenizer") for name in ("whole", "cut"))
     assert once["step"] == again["step"] == 12
     assert max(distance(again["model"][name].double(), x.double()) for name, x in once["model"].items() if x.norm() > 0) < 0.01
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_from_a_recording_to_a_film(device, recording, tmp_path):
+    """The commands as they are typed, with a small model."""
+    out, options = str(tmp_path / "world"), ["--data-path", recording, "--device", device]
+    for stage in MODELS:
+        train(stage, out, *options)
+    report = validate.main(["--checkpoint", out, *options, "--clips", "8", "--classifier-updates", "2", "--val-fraction", "0.5"])
+    assert math.isfinite(report["lam/nmi_ceiling"]) and math.isfinite(report["dynamics/delta_psnr_t4"])
+    play.main(["--checkpoint", out, "--device", device, "--actions", "0,1,2,3", "--save", str(tmp_path / "film.gif")])
+    film = cv2.VideoCapture(str(tmp_path / "film.gif"))
+    assert sum(iter(film.grab, False)) > 4
 
 
 def test_the_same_output_is_not_random():

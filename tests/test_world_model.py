@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -116,15 +114,3 @@ def test_a_step_works_on_the_same_memory_and_looks_at_no_value(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     with torch.no_grad():
         world._advance()
-
-
-@pytest.mark.slow
-def test_frame_10_000_costs_what_frame_20_costs():
-    world = small_world(temperature=1.0)
-    world.reset(pictures())
-    seconds = []
-    for _ in range(10_000):
-        began = time.perf_counter()
-        world.step(0)
-        seconds.append(time.perf_counter() - began)
-    assert np.median(seconds[-500:]) < 1.5 * np.median(seconds[20:520])  # bench.py says it more exactly
