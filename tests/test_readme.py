@@ -125,6 +125,27 @@ def test_what_the_user_has_set_for_openmp_stands():
         assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.strip() == str(found)
 
 
+def test_the_numbers_of_the_gpu_are_those_on_file():
+    bench, large, world = (json.loads((ROOT / "results" / name).read_text()) for name in ("bench-h200.json", "large-h200.json", "gpu-crafter.json"))
+    dynamics = "curve/3.2/dynamics/delta_psnr"
+    keys = min(world[f"{dynamics}{kind}_t4"] for kind in ("", "_null", "_marginal"))
+    for text in (f"in {world['curve/3.2/wall_minutes']:.1f} minutes, validation included; its keys are worth {keys:.1f} dB",
+                 f"at {bench['play/fps_b1']:.0f} frames a second, with 99 % of the frames within {bench['play/latency_p99_ms']:.2f} ms; 256 worlds at once make {bench['play/fps_b256']:,.0f}",
+                 f"at {100 * large['pieces/utilisation']:.0f} % of the bfloat16 speed of one large product, with `--compile` at "
+                 f"{100 * large['pieces/utilisation'] / large['pieces/time/compiled whole']:.0f} %"):  # fmt: skip
+        assert text in " ".join(README.split()), text
+    assert {report["device"] for report in (bench, large, world)} == {"NVIDIA H200"}
+
+
+def test_the_cost_of_a_second_training_is_that_on_file():
+    report = json.loads((ROOT / "results" / "beside.json").read_text())
+    kinds, text = ("tokenizer", "lam", "dynamics", "play"), " ".join(README.split())
+    tokenizer, lam, dynamics, play = (f"{report[f'beside/{kind}_short_spin']:.1f}" for kind in kinds)
+    assert f"takes {tokenizer} (tokenizer), {lam} (latent actions) and {dynamics} (dynamics) times as long as alone, and a frame of play {play} times" in text
+    tokenizer, lam, dynamics, play = (f"{report[f'beside/{kind}_usual_spin']:.2g}" for kind in kinds)
+    assert f"it would be {tokenizer}, {lam}, {dynamics} and {play} times" in text
+
+
 def test_files_and_options_in_the_readme_exist():
     for name in re.findall(r"`((?:models/|extras/)?\w+\.py)`|\]\(((?:results|checkpoints/shipped)/[\w./-]+)\)", README):
         assert (ROOT / (name[0] or name[1])).exists(), name
