@@ -4,10 +4,13 @@ Three ONNX graphs per world: `dynamics` is one MaskGIT pass with its temporal ca
 pixels with a cache of its own, `encoder` turns a picture that a visitor drops into tokens. The loop around them is web/local.js, sampling is web/maskgit.js. Weights are
 rounded to float16, stored so, and cast back when a graph is loaded: half the size, and the tokens of PyTorch with rounded weights.
 """
+import contextlib
 import json
 import logging
+import os
 import shutil
 import subprocess
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -150,12 +153,16 @@ def runtime():
     cache = Path(__file__).parent / "runtime"
     dist = cache / "node_modules" / "onnxruntime-web" / "dist"
     if not all((dist / name).exists() for name in RUNTIME_FILES):
-        try:
-            done = subprocess.run(["npm", "install", "--prefix", cache, "--no-audit", "--no-fund", "--ignore-scripts", RUNTIME], capture_output=True, text=True)
-        except OSError:
-            raise UserError(f"--export-web needs npm once, to get {RUNTIME}; install Node.js, or unpack that package to {cache}/node_modules") from None
-        if done.returncode:
-            raise UserError(f"npm could not get {RUNTIME}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        cache.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as part:  # two exports at once do not write to the same place
+            try:
+                done = subprocess.run(["npm", "install", "--prefix", part, "--no-audit", "--no-fund", "--ignore-scripts", RUNTIME], capture_output=True, text=True)
+            except OSError:
+                raise UserError(f"--export-web needs npm once, to get {RUNTIME}; install Node.js, or unpack that package to {cache}/node_modules") from None
+            if done.returncode:
+                raise UserError(f"npm could not get {RUNTIME}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+            with contextlib.suppress(OSError):  # the other was first
+                os.replace(Path(part) / "node_modules", cache / "node_modules")
     return dist
 
 
