@@ -1,176 +1,138 @@
 """Stage 3: train the dynamics model on the tokens of stage 1 and the actions of stage 2.
 
-In:   footage, OUT/tokenizer.pt and OUT/lam.pt (or --video-tokenizer-path, --lam-path).
-Out:  OUT/dynamics.pt; in OUT/dynamics/: metrics.jsonl, loss.png and pictures (truth over context and prediction).
+In:   video, OUT/tokenizer.pt and OUT/lam.pt (or --video-tokenizer-path, --lam-path).
+Out:  OUT/dynamics.pt; in OUT/dynamics/: metrics.jsonl, loss.png and pictures (truth over context
+      and prediction).
 
     python train_dynamics.py --data-path data/pong.h5 --out checkpoints/pong
-    python train_dynamics.py --data-path data/pong.h5 --out checkpoints/pong --objective mse    # the trainer of seed 002
+    python train_dynamics.py --data-path data/pong.h5 --out checkpoints/pong --objective mse
     python train_dynamics.py --data-path data/pong.h5 --out checkpoints/true --actions true \\
-        --video-tokenizer-path checkpoints/pong/tokenizer.pt    # the skyline: real buttons instead of latent actions
+        --video-tokenizer-path checkpoints/pong/tokenizer.pt    # an oracle: the true actions
 
-Both earlier stages stay frozen and run once over the footage (TokenClips in data_utils.py); masks, loss and decoding are in models/dynamics.py.
+Both earlier stages stay frozen and run once over the video (TokenClips in data_utils.py); masks,
+loss and decoding are in models/dynamics.py.
 """
-import shutil
-from pathlib import Path
 
-from config import DynamicsConfig, UserError, parse_config, print_user_errors
+from config import DynamicsConfig, parse_config  # before torch: utils/__init__.py says why
+from utils.checkpoint import CheckpointSaver
+from utils.cli import print_user_errors
+from utils.device import parallelize, set_up, sync_gradients
+from utils.hardening.forecast import check_model, dry_run_of, plan_updates
+from utils.hardening.stages import complete_world, load_frozen
+from utils.hardening.steps import StepGuard, StopSignal
+from utils.log import TrainLog, progress, validation_logs
+from utils.optimizer import count_parameters, lr_at, make_optimizer, set_lr
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from data_utils import TokenClips, n_buttons, open_footage, to_float
-from metrics import print_warnings
-from models.checkpoint import build_model, check_fit, fingerprint, load_checkpoint, save_checkpoint
+from data_utils import TokenClips, open_clips, to_float
+from evaluation.metrics import print_warnings
+from evaluation.stages import rollout_picture
 from models.distributed import rand
 from models.dynamics import DynamicsModel
+from models.next_latent import NextLatentModel
 from models.world_model import WorldModel
-from optimizer import make_optimizer, rate_at
-from pictures import grid
-from train_utils import Run, check_memory, make_model, open_clips, plan, set_up, validation_logs, wrap
 
 
-def load_frozen(cfg, clips, device):
-    """Stages 1 and 2 as cfg names them. → (tokenizer, LAM or None for true actions, sizes for the model, their checkpoints)."""
-    files = {"tokenizer": Path(cfg.video_tokenizer_path or Path(cfg.out) / "tokenizer.pt")}
-    if cfg.actions != "true":
-        files["lam"] = Path(cfg.lam_path or Path(cfg.out) / "lam.pt")
-    elif clips.footage.actions is None:
-        raise UserError(f"--actions true, but {cfg.data_path} has no recorded actions; leave it out to use latent ones")
-    saved = {stage: load_checkpoint(path, stage) for stage, path in files.items()}
-    models = {stage: build_model(checkpoint, files[stage]).to(device) for stage, checkpoint in saved.items()}
-    check_fit(saved["tokenizer"], saved.get("lam"))
-    for stage in saved:
-        home = Path(cfg.out) / f"{stage}.pt"
-        if home.exists() and fingerprint(load_checkpoint(home, stage)) != fingerprint(saved[stage]):
-            raise UserError(f"{home} is another {stage} than {files[stage]}; a world has one of each, so use another --out")
-    sizes = saved["tokenizer"]["model_args"]
-    longest = min(checkpoint["model_args"]["context_length"] for checkpoint in saved.values())
-    if cfg.context_length > longest:
-        raise UserError(f"--context-length {cfg.context_length}, but {' and '.join(saved)} learned from clips of {longest}; use that, or train them with more")
-    if sizes["frame_size"] != clips.frame_size:
-        raise UserError(f"{files['tokenizer']} is for frames of {sizes['frame_size']}, the footage has {clips.frame_size}")
-    (H, W), P = sizes["frame_size"], sizes["patch_size"]
-    n_actions = saved["lam"]["model_args"]["n_actions"] if "lam" in saved else n_buttons(clips.footage)
-    model_sizes = dict(grid=[H // P, W // P], levels=sizes["levels"], n_actions=n_actions)
-    return models["tokenizer"], models.get("lam"), model_sizes, list(saved.values())
-
-
-def rollout_picture(world, frames, actions):
-    """Per clip of frames uint8 (B, T, H, W, 3): the truth, and below it the first half, played on with its actions."""
-    T = frames.shape[1]
-    world.reset(frames[:, : T // 2], actions[:, : T // 2 - 1])
-    played = np.stack([world.step(actions[:, t - 1]) for t in range(T // 2, T)], axis=1)  # (B, T - T//2, H, W, 3)
-    below = np.concatenate([frames[:, : T // 2], played], axis=1)
-    return grid([row for pair in zip(frames, below) for row in pair])
+def validate(model, batches):
+    """Validation logs, and what it costs to be told wrong actions."""
+    wrong = [(tokens, (actions + 1) % model.n_actions) for tokens, actions in batches]
+    logs = validation_logs(model, batches)
+    gain = validation_logs(model, wrong)["val_loss"] / logs["val_loss"] - 1
+    return logs | {"val_action_gain": gain}
 
 
 def main(argv=None):
-    # --- settings and set-up
     cfg = parse_config(DynamicsConfig, "dynamics", __doc__, argv)
     device, autocast = set_up(cfg)
 
-    # --- data
-    clips = open_clips(open_footage(cfg), cfg)
+    # --- data: the frozen stages label it once
+    clips = open_clips(cfg)
+    frozen = load_frozen(cfg, clips[0], device)
+    n_actions = frozen.n_actions
 
-    # --- frozen stages: they label the footage once
-    tokenizer, lam, sizes, frozen = load_frozen(cfg, clips[0], device)
-    inputs = {checkpoint["stage"]: fingerprint(checkpoint) for checkpoint in frozen}
+    def label(frames, true_actions):
+        with torch.no_grad(), autocast():
+            return frozen.label(to_float(frames, device), true_actions)  # (B, T, N), (B, T-1)
 
-    @torch.no_grad()
-    def label(frames, buttons):
-        frames = to_float(frames, device)  # (B, T, 3, H, W)
-        with autocast():
-            return tokenizer.encode(frames), lam.infer(frames) if lam else buttons  # (B, T, N), (B, T-1)
+    inputs = frozen.inputs | {"dtype": cfg.dtype}
+    train, val = TokenClips(clips[0], label, inputs), TokenClips(clips[1], label, inputs)
 
-    train, val = (TokenClips(part, label, {**inputs, "dtype": cfg.dtype}) for part in clips)
-
-    def batch_of(clips, step):
-        tokens, actions = (x.to(device, non_blocking=True) for x in clips.batch(step))
+    def get_batch(clips, step):
+        tokens, actions = clips.batch(step)  # (B, T, N), (B, T-1)
         if cfg.actions == "random":
-            actions = (rand(*actions.shape, device=device) * sizes["n_actions"]).long()
-        return tokens, actions
+            actions = (rand(*actions.shape, device=device) * n_actions).long()
+        return tokens.to(device, non_blocking=True), actions.to(device, non_blocking=True)
 
-    # --- model
+    # --- model and optimizer
     model_args = dict(
-        **sizes, embed_dim=cfg.embed_dim, hidden_dim=cfg.hidden_dim, n_heads=cfg.n_heads, n_blocks=cfg.n_blocks,
-        context_length=cfg.context_length, objective=cfg.objective,
-        clean_context=cfg.context == "clean", adaln=cfg.conditioning == "adaln", token_kernel=cfg.token_kernel,
-    )  # fmt: skip
-    model = make_model(DynamicsModel, model_args, device)
-    network = wrap(model, cfg)
-    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {sizes['n_actions']} {cfg.actions} actions")
-
-    # --- optimizer and schedule
+        grid=frozen.grid,
+        levels=frozen.levels,
+        n_actions=n_actions,
+        **cfg.transformer_sizes(),
+        objective=cfg.objective,
+        clean_context=cfg.context == "clean",
+        adaln=cfg.conditioning == "adaln",
+        token_kernel=cfg.token_kernel,
+    )
+    kind = {"ce": DynamicsModel, "mse": NextLatentModel}[cfg.objective]
+    check_model(kind, model_args, device)
+    model = kind(**model_args).to(device)
+    network = parallelize(model, cfg)
     optimizer = make_optimizer(model, cfg)
+    print(f"model: {count_parameters(model):,} parameters, {n_actions} {cfg.actions} actions")
 
-    def trial():
-        with autocast():
-            loss, _ = network(*batch_of(train, 0))
-        loss.backward()
-        optimizer.zero_grad()
-
-    check_memory(cfg, model, train, trial)
-    n_updates = plan(cfg, train, trial)
-    val_batches = [batch_of(val, i) for i in range(4)]
+    dry_run = dry_run_of(network, optimizer, autocast, get_batch, train)
+    n_updates = plan_updates(cfg, model, train, dry_run)
+    val_batches = [get_batch(val, i) for i in range(4)]
 
     # --- output folder and resume
-    run = Run(cfg, "dynamics")
-    first, n_updates = run.open(model, optimizer, n_updates, model_args=model_args, inputs=inputs)
-    done = first
-    for checkpoint in frozen if run.first else ():  # a world is complete: bring stages that were trained elsewhere
-        home = Path(cfg.out) / f"{checkpoint['stage']}.pt"
-        if not home.exists():
-            save_checkpoint(home, checkpoint)
-            table = Path(cfg.lam_path).parent / "actions.json"
-            if checkpoint["stage"] == "lam" and table.exists():
-                shutil.copy(table, cfg.out)
-    more = dict(
-        model_args=model_args, inputs=inputs, fps=clips[0].footage.fps,
-        start_frames=clips[1].spread(8)[0][:, :4].clone(), action_names=list(clips[0].footage.action_names) if not lam else None,
-    )  # fmt: skip
-    shown = np.linspace(0, len(val) - 1, 4).astype(int)
+    same = dict(model_args=model_args, inputs=frozen.inputs)
+    saver = CheckpointSaver(cfg, "dynamics", model, optimizer, **same)
+    start_step, n_updates = saver.resume(n_updates)
+    stop = StopSignal()
+    log = TrainLog(cfg, "dynamics", start_step, n_updates, stop)
+    guard = StepGuard(log, start_step, cfg.max_skipped)
+    complete_world(cfg, frozen)
+    for_playing = dict(fps=clips[0].dataset.fps, action_names=frozen.action_names)
+    for_playing["start_frames"] = clips[1].evenly_spaced(8)[0][:, :4].clone()
 
     # --- loop
-    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc="dynamics", mininterval=1, disable=not run.first)
+    done = start_step
+    bar = progress(start_step, n_updates, "dynamics")
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, n_updates, cfg)
-        for part in range(cfg.accumulate):
-            network.require_backward_grad_sync = part == cfg.accumulate - 1  # DDP: processes meet once per step
+        set_lr(optimizer, lr_at(step, n_updates, cfg))
+        for micro_step in range(cfg.accumulate):
+            sync_gradients(network, last=micro_step == cfg.accumulate - 1)
             with autocast():
-                loss, logs = network(*batch_of(train, step * cfg.accumulate + part))
+                loss, logs = network(*get_batch(train, step * cfg.accumulate + micro_step))
             (loss / cfg.accumulate).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        if run.sound(step, loss, norm, train):
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        if guard.is_finite(step, loss, grad_norm, train, saver.last_saved()):
             optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        last = done == n_updates or run.stopped(done)
+        last = done == n_updates or stop.asked
         if done % 10 == 0 or last:
-            run.log(done, loss=loss.detach(), grad_norm=norm, **logs)
-            bar.set_postfix_str(f"loss {loss:.4f}, {logs['accuracy_changing']:.2f} of changed tokens", refresh=False)
+            log.write(done, loss=loss.detach(), grad_norm=grad_norm, **logs)
+            text = f"loss {loss:.4f}, {logs['accuracy_changing']:.2f} of changed tokens"
+            bar.set_postfix_str(text, refresh=False)
         if done % cfg.sample_every == 0 or last:
             with torch.no_grad(), autocast():
-                logs = validation_logs(model, val_batches)
-                others = validation_logs(model, [(tokens, (actions + 1) % sizes["n_actions"]) for tokens, actions in val_batches])
-            action_gain = others["val_loss"] / logs["val_loss"] - 1  # what it costs to be told wrong actions
-            run.log(done, **logs, val_action_gain=action_gain)
-            world = WorldModel(tokenizer, lam, model.eval(), steps=cfg.steps, temperature=cfg.temperature, capture=False)
-            run.picture(done, rollout_picture(world, val.frames(shown), val.pick(shown)[1]))
+                log.write(done, **validate(model, val_batches))
+            sampling = dict(steps=cfg.steps, temperature=cfg.temperature)
+            world = WorldModel(frozen.tokenizer, frozen.lam, model.eval(), **sampling)
+            log.picture(done, rollout_picture(world, val))
             model.train()
         if done % cfg.save_every == 0 or last:
-            run.save(model, optimizer, done, n_updates, **more)
+            saver.save(done, log, guard, **for_playing)
         if last:
             break
 
     # --- finish
-    if not run.first:
-        return
-    if done == n_updates > first:
-        print_warnings({"dynamics/action_gain": action_gain})
-    run.finish(done, n_updates, f"python play.py --checkpoint {cfg.out}")
+    print_warnings({"dynamics/action_gain": log.latest("val_action_gain")})
+    saver.finish(done, log, guard, f"python play.py --checkpoint {cfg.out}")
 
 
 if __name__ == "__main__":

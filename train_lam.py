@@ -1,110 +1,111 @@
 """Stage 2: train the latent action model.
 
-In:   footage; recorded buttons, if the footage has any, are not looked at.
-Out:  OUT/lam.pt; OUT/actions.json: what each action does to the picture, the legend of play.py; in OUT/lam/: metrics.jsonl,
-      loss.png and pictures (frames, predictions of the next, the next; actions.png: the change that each action makes).
+In:   video; recorded actions, if there are any, are not looked at.
+Out:  OUT/lam.pt; OUT/actions.json: what each action does to the picture, the legend of play.py;
+      in OUT/lam/: metrics.jsonl, loss.png and pictures (last frames, predictions, truths;
+      actions.png: the change that each action makes).
 
     python train_lam.py --data-path data/pong.h5 --out checkpoints/pong
     python train_lam.py --data-path videos/ --out checkpoints/mine --n-actions 16
-    python train_lam.py --use-dummy-data --out checkpoints/dummy --preset tiny --decoder frame --keep-rate 0    # the article's decoder
 
-Watch error_over_copy (below 1: the actions explain something) and codes_used (n_actions: no collapse).
+Watch error_over_copy (below 1: the actions explain something) and codes_used (n_actions: no
+collapse).
 """
-from config import LatentActionConfig, parse_config, print_user_errors
+
+from config import LatentActionConfig, parse_config  # before torch: utils/__init__.py says why
+from utils.checkpoint import CheckpointSaver
+from utils.cli import print_user_errors
+from utils.device import parallelize, set_up, sync_gradients
+from utils.hardening.forecast import check_model, dry_run_of, plan_updates
+from utils.hardening.steps import StepGuard, StopSignal
+from utils.log import TrainLog, data_option, progress, validation_logs
+from utils.optimizer import count_parameters, lr_at, make_optimizer, set_lr
+from utils.pictures import grid
 
 import torch
-from tqdm import tqdm
 
-from action_table import write_action_table
-from data_utils import open_footage, to_float, to_uint8
-from metrics import print_warnings
+from data_utils import open_clips, to_float, to_uint8
+from evaluation.action_table import use_of_actions, write_action_table
+from evaluation.metrics import print_warnings
 from models.latent_action_model import LatentActionModel
-from optimizer import make_optimizer, rate_at
-from pictures import grid
-from train_utils import Run, check_memory, make_model, open_clips, plan, set_up, validation_logs, wrap
 
 
 def main(argv=None):
-    # --- settings and set-up
     cfg = parse_config(LatentActionConfig, "lam", __doc__, argv)
     device, autocast = set_up(cfg)
 
     # --- data
-    train, val = open_clips(open_footage(cfg), cfg)
+    train, val = open_clips(cfg)
 
-    def batch_of(clips, step):
+    def get_batch(clips, step):
         frames, _ = clips.batch(step)
         return (to_float(frames, device),)  # (B, T, 3, H, W)
 
-    # --- model
+    # --- model and optimizer
     model_args = dict(
-        frame_size=train.frame_size, patch_size=cfg.patch_size, embed_dim=cfg.embed_dim, hidden_dim=cfg.hidden_dim,
-        n_heads=cfg.n_heads, n_blocks=cfg.n_blocks, context_length=cfg.context_length, n_actions=cfg.n_actions,
-        encoder=cfg.encoder, decoder=cfg.decoder, keep_rate=cfg.keep_rate,
-        unit_rms=cfg.latent_norm == "rms", soft_rate=cfg.soft_rate, entropy_lambda=cfg.entropy_lambda,
-        var_target=cfg.var_target, var_lambda=cfg.var_lambda,
-    )  # fmt: skip
-    model = make_model(LatentActionModel, model_args, device)
-    network = wrap(model, cfg)
-    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.n_actions} latent actions")
-
-    # --- optimizer and schedule
+        frame_size=train.frame_size,
+        patch_size=cfg.patch_size,
+        **cfg.transformer_sizes(),
+        **cfg.lam_args(),
+    )
+    check_model(LatentActionModel, model_args, device)
+    model = LatentActionModel(**model_args).to(device)
+    network = parallelize(model, cfg)
     optimizer = make_optimizer(model, cfg)
+    print(f"model: {count_parameters(model):,} parameters, {cfg.n_actions} latent actions")
 
-    def trial():
-        with autocast():
-            loss, _ = network(*batch_of(train, 0))
-        loss.backward()
-        optimizer.zero_grad()
-
-    check_memory(cfg, model, train, trial)
-    n_updates = plan(cfg, train, trial)
-    val_batches = [batch_of(val, i) for i in range(4)]
+    dry_run = dry_run_of(network, optimizer, autocast, get_batch, train)
+    n_updates = plan_updates(cfg, model, train, dry_run)
+    val_batches = [get_batch(val, i) for i in range(4)]
 
     # --- output folder and resume
-    run = Run(cfg, "lam")
-    first, n_updates = run.open(model, optimizer, n_updates, model_args=model_args)
-    done = first
+    saver = CheckpointSaver(cfg, "lam", model, optimizer, model_args=model_args)
+    start_step, n_updates = saver.resume(n_updates)
+    stop = StopSignal()
+    log = TrainLog(cfg, "lam", start_step, n_updates, stop)
+    guard = StepGuard(log, start_step, cfg.max_skipped)
 
     # --- loop
-    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc="lam", mininterval=1, disable=not run.first)
+    done = start_step
+    bar = progress(start_step, n_updates, "lam")
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, n_updates, cfg)
-        for part in range(cfg.accumulate):
-            network.require_backward_grad_sync = part == cfg.accumulate - 1  # DDP: processes meet once per step
+        set_lr(optimizer, lr_at(step, n_updates, cfg))
+        for micro_step in range(cfg.accumulate):
+            sync_gradients(network, last=micro_step == cfg.accumulate - 1)
             with autocast():
-                loss, logs = network(*batch_of(train, step * cfg.accumulate + part))
+                loss, logs = network(*get_batch(train, step * cfg.accumulate + micro_step))
             (loss / cfg.accumulate).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        if run.sound(step, loss, norm, train):
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        if guard.is_finite(step, loss, grad_norm, train, saver.last_saved()):
             optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        last = done == n_updates or run.stopped(done)
+        last = done == n_updates or stop.asked
         if done % 10 == 0 or last:
-            run.log(done, loss=loss.detach(), grad_norm=norm, **logs)
-            bar.set_postfix_str(f"loss {loss:.3f}, {logs['error_over_copy']:.2f} of copy, {logs['codes_used']} codes", refresh=False)
+            log.write(done, loss=loss.detach(), grad_norm=grad_norm, **logs)
+            error, codes_used = logs["error_over_copy"], logs["codes_used"]
+            text = f"loss {loss:.3f}, {error:.2f} of copy, {codes_used} codes"
+            bar.set_postfix_str(text, refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
             with torch.no_grad(), torch.random.fork_rng(), autocast():
-                run.log(done, **validation_logs(model, val_batches))
+                log.write(done, **validation_logs(model, val_batches))
                 predicted = model.predict(frames, model.infer(frames))
-            run.picture(done, grid([to_uint8(f[:, -1]) for f in (frames[:, :-1], predicted, frames)]))
+            rows = (frames[:, -2], predicted[:, -1], frames[:, -1])
+            log.picture(done, grid([to_uint8(row) for row in rows]))
         if done % cfg.save_every == 0 or last:
-            run.save(model, optimizer, done, n_updates, model_args=model_args)
+            saver.save(done, log, guard)
         if last:
             break
 
     # --- finish
-    if not run.first:
-        return
     with autocast():
-        rows = write_action_table(run.path, val.spread(128)[0], device)
-    print_warnings({"lam/error_over_copy": run.latest("val_error_over_copy"), "lam/n_actions": cfg.n_actions,
-                    "lam/actions_used": sum(row["share"] > 0 for row in rows), "lam/largest_share": max(row["share"] for row in rows)})  # fmt: skip
-    run.finish(done, n_updates, f"python train_dynamics.py {run.data_option} --out {cfg.out}")
+        table = write_action_table(saver.path, val.evenly_spaced(128)[0], device)
+    error = {"lam/error_over_copy": log.latest("val_error_over_copy")}
+    print_warnings(error | use_of_actions(table))
+    next_command = f"python train_dynamics.py {data_option(cfg)} --out {cfg.out}"
+    saver.finish(done, log, guard, next_command)
 
 
 if __name__ == "__main__":

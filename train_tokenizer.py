@@ -1,7 +1,8 @@
 """Stage 1: train the video tokenizer.
 
-In:   footage (a folder of videos, one video, an HDF5 file, or --use-dummy-data).
-Out:  OUT/tokenizer.pt; in OUT/tokenizer/: metrics.jsonl, loss.png and pictures (originals over reconstructions).
+In:   video (a folder, one file, an HDF5 dataset, or --use-dummy-data).
+Out:  OUT/tokenizer.pt; in OUT/tokenizer/: metrics.jsonl, loss.png and pictures (originals over
+      reconstructions).
 
     python train_tokenizer.py --data-path data/pong.h5 --out checkpoints/pong
     python train_tokenizer.py --data-path videos/ --out checkpoints/mine --minutes 30
@@ -9,94 +10,94 @@ Out:  OUT/tokenizer.pt; in OUT/tokenizer/: metrics.jsonl, loss.png and pictures 
 
 The loss is the plain squared error; nothing else is needed, see models/video_tokenizer.py.
 """
-from config import TokenizerConfig, parse_config, print_user_errors
+
+from config import TokenizerConfig, parse_config  # before torch: utils/__init__.py says why
+from utils.checkpoint import CheckpointSaver
+from utils.cli import print_user_errors
+from utils.device import parallelize, set_up, sync_gradients
+from utils.hardening.forecast import check_model, dry_run_of, plan_updates
+from utils.hardening.steps import StepGuard, StopSignal
+from utils.log import TrainLog, data_option, progress, validation_logs
+from utils.optimizer import count_parameters, lr_at, make_optimizer, set_lr
+from utils.pictures import grid
 
 import torch
-from tqdm import tqdm
 
-from data_utils import open_footage, to_float, to_uint8
-from metrics import print_warnings
+from data_utils import open_clips, to_float, to_uint8
+from evaluation.metrics import print_warnings
 from models.video_tokenizer import VideoTokenizer
-from optimizer import make_optimizer, rate_at
-from pictures import grid
-from train_utils import Run, check_memory, make_model, open_clips, plan, set_up, validation_logs, wrap
 
 
 def main(argv=None):
-    # --- settings and set-up
     cfg = parse_config(TokenizerConfig, "tokenizer", __doc__, argv)
     device, autocast = set_up(cfg)
 
     # --- data
-    train, val = open_clips(open_footage(cfg), cfg)
+    train, val = open_clips(cfg)
 
-    def batch_of(clips, step):
+    def get_batch(clips, step):
         frames, _ = clips.batch(step)
         return (to_float(frames, device),)  # (B, T, 3, H, W)
 
-    # --- model
+    # --- model and optimizer
     model_args = dict(
-        frame_size=train.frame_size, patch_size=cfg.patch_size, embed_dim=cfg.embed_dim, hidden_dim=cfg.hidden_dim,
-        n_heads=cfg.n_heads, n_blocks=cfg.n_blocks, levels=list(cfg.levels), context_length=cfg.context_length,
-    )  # fmt: skip
-    model = make_model(VideoTokenizer, model_args, device)
-    network = wrap(model, cfg)
-    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.quantizer.codebook_size:,} codes")
-
-    # --- optimizer and schedule
+        frame_size=train.frame_size,
+        patch_size=cfg.patch_size,
+        levels=list(cfg.levels),
+        **cfg.transformer_sizes(),
+    )
+    check_model(VideoTokenizer, model_args, device)
+    model = VideoTokenizer(**model_args).to(device)
+    network = parallelize(model, cfg)
     optimizer = make_optimizer(model, cfg)
+    print(f"model: {count_parameters(model):,} parameters, {model.quantizer.codebook_size:,} codes")
 
-    def trial():
-        with autocast():
-            loss, _ = network(*batch_of(train, 0))
-        loss.backward()
-        optimizer.zero_grad()
-
-    check_memory(cfg, model, train, trial)
-    n_updates = plan(cfg, train, trial)
-    val_batches = [batch_of(val, i) for i in range(4)]
+    dry_run = dry_run_of(network, optimizer, autocast, get_batch, train)
+    n_updates = plan_updates(cfg, model, train, dry_run)
+    val_batches = [get_batch(val, i) for i in range(4)]
 
     # --- output folder and resume
-    run = Run(cfg, "tokenizer")
-    first, n_updates = run.open(model, optimizer, n_updates, model_args=model_args)
-    done = first
+    saver = CheckpointSaver(cfg, "tokenizer", model, optimizer, model_args=model_args)
+    start_step, n_updates = saver.resume(n_updates)
+    stop = StopSignal()
+    log = TrainLog(cfg, "tokenizer", start_step, n_updates, stop)
+    guard = StepGuard(log, start_step, cfg.max_skipped)
 
     # --- loop
-    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc="tokenizer", mininterval=1, disable=not run.first)
+    done = start_step
+    bar = progress(start_step, n_updates, "tokenizer")
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, n_updates, cfg)
-        for part in range(cfg.accumulate):
-            network.require_backward_grad_sync = part == cfg.accumulate - 1  # DDP: processes meet once per step
+        set_lr(optimizer, lr_at(step, n_updates, cfg))
+        for micro_step in range(cfg.accumulate):
+            sync_gradients(network, last=micro_step == cfg.accumulate - 1)
             with autocast():
-                loss, logs = network(*batch_of(train, step * cfg.accumulate + part))
+                loss, logs = network(*get_batch(train, step * cfg.accumulate + micro_step))
             (loss / cfg.accumulate).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        if run.sound(step, loss, norm, train):
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        if guard.is_finite(step, loss, grad_norm, train, saver.last_saved()):
             optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        last = done == n_updates or run.stopped(done)
+        last = done == n_updates or stop.asked
         if done % 10 == 0 or last:
-            run.log(done, loss=loss.detach(), grad_norm=norm, **logs)
+            log.write(done, loss=loss.detach(), grad_norm=grad_norm, **logs)
             bar.set_postfix_str(f"loss {loss:.5f}, {logs['psnr']:.1f} dB", refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
-            with torch.no_grad(), torch.random.fork_rng(), autocast():
-                run.log(done, **validation_logs(model, val_batches))
+            with torch.no_grad(), autocast():
+                log.write(done, **validation_logs(model, val_batches))
                 rebuilt = model.decode(model.encode(frames))
-            run.picture(done, grid([to_uint8(frames[:, -1]), to_uint8(rebuilt[:, -1])]))
+            log.picture(done, grid([to_uint8(frames[:, -1]), to_uint8(rebuilt[:, -1])]))
         if done % cfg.save_every == 0 or last:
-            run.save(model, optimizer, done, n_updates, model_args=model_args)
+            saver.save(done, log, guard)
         if last:
             break
 
     # --- finish
-    if not run.first:
-        return
-    print_warnings({"tokenizer/codes_used": run.latest("val_codes_used")})
-    run.finish(done, n_updates, f"python train_lam.py {run.data_option} --out {cfg.out}")
+    print_warnings({"tokenizer/codes_used": log.latest("val_codes_used")})
+    next_command = f"python train_lam.py {data_option(cfg)} --out {cfg.out}"
+    saver.finish(done, log, guard, next_command)
 
 
 if __name__ == "__main__":

@@ -1,98 +1,126 @@
-"""Draw every picture of the articles, write their numbers to results/articles.json and into the text: two minutes on two cores, the same each time.
+"""Draw the pictures of the articles and update every measured number in their text.
 
-    python articles/figures.py               # articles/figures/*.png, from the shipped Doom maze and a game that it has never seen
-    python articles/figures.py --measure     # the speed of single products, too, for article 5; else what was measured before is drawn
+    python -m articles.figures             # articles/figures/*.png: two minutes on two cores
+    python -m articles.figures --measure   # also measure the speed of single products
 
-Pictures of training (the collapse) come from two short trainings, with a LAM half as wide as the shipped one.
+The pictures show the shipped Doom maze, on a recording that its training did not contain. Every run
+draws the same pictures. The numbers go to docs/results/articles.json, and from there into the text.
+The speed of single products (article 5) is taken from that file unless --measure is given.
+
+The picture of collapse comes from two short training runs of a LAM half as wide as the shipped one.
 """
+
 import json
 import re
-import sys
 import tempfile
 import time
-from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+
+from utils.checkpoint import build_model, load_checkpoint, load_world
+from utils.cli import Parser, print_user_errors
+from utils.hardening.files import make_folder
+from utils.pictures import grid, save_png
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch import Tensor
+
+import train_lam
+from data_utils import Clips, open_dataset, to_float, to_uint8
+from evaluation import metrics
+from evaluation.action_table import optical_flow
+from evaluation.stages import unit
+from evaluation.video_features import smallnet_features
+from extras.flow_inverse_dynamics.model import FlowInverseDynamics
+from extras.vjepa_ac.model import ActionPredictor, Encoder
+from models.dynamics import DynamicsModel, maskgit_decode
+from models.fsq import FiniteScalarQuantizer
+from models.latent_action_model import MOVES
+from models.st_transformer import SpatioTemporalTransformer, apply_rope, rope_angles
+from models.world_model import WorldModel
+from player.film import labelled_grid
+from tools import record
+from tools.speedrun import describe_device, git_commit
+from validate import SAMPLING
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import metrics  # noqa: E402
-import record  # noqa: E402
-import train_lam  # noqa: E402
-from action_table import optical_flow  # noqa: E402
-from config import Parser, make_folder, print_user_errors  # noqa: E402
-from data_utils import Clips, open_footage, to_float, to_uint8  # noqa: E402
-from extras.flow_inverse_dynamics.model import FlowInverseDynamics  # noqa: E402
-from extras.vjepa_ac.model import ActionPredictor, Encoder  # noqa: E402
-from models.checkpoint import build_model, load_checkpoint  # noqa: E402
-from models.dynamics import maskgit_decode  # noqa: E402
-from models.fsq import FiniteScalarQuantizer  # noqa: E402
-from models.latent_action_model import MOVES  # noqa: E402
-from models.st_transformer import SpatioTemporalPositionalEncoding, SpatioTemporalTransformer  # noqa: E402
-from models.world_model import WorldModel  # noqa: E402
-from pictures import grid, labelled_grid, save_png  # noqa: E402
-from speedrun import describe_device, git_commit  # noqa: E402
-from validate import SAMPLING, unit  # noqa: E402
-from video_features import smallnet_features  # noqa: E402
-
-WORLD, OUT, NUMBERS = ROOT / "checkpoints/shipped/doom-maze", ROOT / "articles/figures", ROOT / "results/articles.json"
+WORLD = ROOT / "checkpoints/shipped/doom-maze"
+OUT = ROOT / "articles/figures"
+RESULTS = ROOT / "docs/results"
+NUMBERS = RESULTS / "articles.json"
 GRAY = 128
 
 
-def results(name):
-    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+# --- helpers ---------------------------------------------------------------------------------
+def results(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def plot(name, size, draw, **grid_of):
+def plot(name: str, size: tuple, draw: Callable, **subplots) -> None:
     figure = Figure(figsize=size, layout="constrained")
-    draw(figure.subplots(**grid_of))
+    draw(figure.subplots(**subplots))
     figure.savefig(OUT / f"{name}.png", dpi=90, metadata={"Software": None})
 
 
-def patches(mask):
+def patches(mask: Tensor) -> Tensor:
     """Boolean (…, 64) of tokens → (…, 64, 64, 1) of pixels."""
-    return mask.reshape(*mask.shape[:-1], 8, 8).repeat_interleave(8, -2).repeat_interleave(8, -1)[..., None]
+    mask = mask.reshape(*mask.shape[:-1], 8, 8)
+    return mask.repeat_interleave(8, -2).repeat_interleave(8, -1)[..., None]
 
 
-def striking(clips, n, among=128):
-    """n clips from the half of many whose pictures have more contrast: a wall from near teaches nobody anything."""
-    frames = clips.spread(among)[0]
-    best = frames.float().mean(-1).var(dim=(1, 2, 3)).argsort(descending=True, stable=True)[: len(frames) // 2]
+def striking(clips: Clips, n: int, among: int = 128) -> Tensor:
+    """n clips, out of the half of `among` clips that has more contrast.
+
+    The other half mostly shows a wall from near.
+    """
+    frames = clips.evenly_spaced(among)[0]
+    contrast = frames.float().mean(-1).var(dim=(1, 2, 3))
+    best = contrast.argsort(descending=True, stable=True)[: len(frames) // 2]
     return frames[best[torch.linspace(0, len(best) - 1, n).long()]]
 
 
-# --- 0: overview -------------------------------------------------------------------------------------------------
+def infer(world: WorldModel, frames: Tensor) -> Tensor:
+    """Latent actions (B, T-1) of clips (B, T, H, W, 3)."""
+    return torch.cat([world.lam.infer(to_float(batch)) for batch in frames.split(32)])
+
+
+def numbered_names(world: WorldModel) -> list[str]:
+    return [f"{i}  {name}" for i, name in enumerate(world.action_names)]
+
+
+# --- 0: overview -----------------------------------------------------------------------------
 def keys(world, clips):
-    """One beginning per row, one latent action per column, held for four frames."""
-    starts = striking(clips, 4)[:, :4]
-    columns = [starts[:, -1].numpy()]
+    """One clip per row, one latent action per column, held for four frames."""
+    initial = striking(clips, 4)[:, :4]
+    columns = [initial[:, -1].numpy()]
     for action in range(world.n_actions):
         world.generator.manual_seed(0)
-        world.reset(starts)
-        columns.append([world.step([action] * len(starts)) for _ in range(4)][-1])
-    save_png(labelled_grid(np.stack(columns, axis=1), ["start", *world.action_names]), OUT / "0_keys.png")
+        world.reset(initial)
+        columns.append([world.step([action] * len(initial)) for _ in range(4)][-1])
+    names = ["initial frame", *world.action_names]
+    save_png(labelled_grid(np.stack(columns, axis=1), names), OUT / "0_keys.png")
     return {}
 
 
-# --- 1: video tokenizer ------------------------------------------------------------------------------------------
+# --- 1: video tokenizer ----------------------------------------------------------------------
 def reconstruction(world, clips):
     frames = striking(clips, 8)
     tokens = world.tokenizer.encode(to_float(frames))  # (8, T, 64)
     rebuilt = to_uint8(world.tokenizer.decode(tokens))
-    codes = world.tokenizer.quantizer.indices_to_codes(tokens[:, -1])[..., :3]  # the first three of five dimensions, as red, green and blue
-    colours = ((codes + 1) * 127.5).byte().view(8, 8, 8, 3).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    codes = world.tokenizer.quantizer.indices_to_codes(tokens[:, -1])  # (8, 64, 5)
+    # the first three of five dimensions as red, green and blue
+    colours = ((codes[..., :3] + 1) * 127.5).byte().view(8, 8, 8, 3)
+    colours = colours.repeat_interleave(8, 1).repeat_interleave(8, 2)
     error = (rebuilt[:, -1].int() - frames[:, -1].int()).abs().mul(4).clamp(max=255).byte()
     save_png(grid([frames[:, -1], colours, rebuilt[:, -1], error]), OUT / "1_tokens.png")
     return {}
 
 
 def straight_through(world, clips):
-    """The staircase of four levels, and the slope that the gradient sees; and two numbers worked through."""
+    """Rounding to four levels, and the slope that the backward pass uses instead."""
     quantizer = FiniteScalarQuantizer([4])
     z = torch.linspace(-3, 3, 601)[:, None].requires_grad_()
     codes = quantizer(z)
@@ -100,40 +128,65 @@ def straight_through(world, clips):
 
     def draw(axes):
         axes[0].plot(z.detach(), torch.tanh(z.detach()), "k:", label="tanh(z)")
-        axes[0].plot(z.detach(), codes.detach(), "C0", label="code, of four levels")
-        axes[1].plot(z.detach(), slope, "C1", label="slope that training uses: that of tanh")
-        axes[1].plot(z.detach(), torch.zeros_like(slope), "k:", label="slope of the staircase")
+        axes[0].plot(z.detach(), codes.detach(), "C0", label="code (four levels)")
+        axes[1].plot(z.detach(), slope, "C1", label="slope used in training: that of tanh")
+        axes[1].plot(z.detach(), torch.zeros_like(slope), "k:", label="true slope of rounding")
         for ax in axes:
             ax.set_xlabel("z")
             ax.legend(frameon=False)
 
     plot("1_straight_through", (8, 3), draw, ncols=2)
-    two, target = torch.tensor([[0.3], [-1.2]], requires_grad=True), torch.tensor([[1.0], [-1 / 3]])
-    code = quantizer(two)
+    return straight_through_by_hand(quantizer)
+
+
+def straight_through_by_hand(quantizer) -> dict:
+    """Every step of the gradient for two numbers."""
+    z = torch.tensor([[0.3], [-1.2]], requires_grad=True)
+    target = torch.tensor([[1.0], [-1 / 3]])
+    code = quantizer(z)
     ((code - target) ** 2).sum().backward()
-    bounded = torch.tanh(two)
-    found = {"tanh": bounded, "y": 1.5 * (bounded + 1), "code": code, "outer": 2 * (code - target), "slope": 1 - bounded**2, "gradient": two.grad}
-    return {f"hand/{name}_{i}": float(value[i].detach()) for name, value in found.items() for i in range(2)}
+    bounded = torch.tanh(z)
+    found = {
+        "tanh": bounded,
+        "y": 1.5 * (bounded + 1),
+        "code": code,
+        "outer": 2 * (code - target),
+        "slope": 1 - bounded**2,
+        "gradient": z.grad,
+    }
+    numbers = {}
+    for name, value in found.items():
+        for i in range(2):
+            numbers[f"hand/{name}_{i}"] = float(value[i].detach())
+    return numbers
 
 
 def codebook(world, clips):
-    frames = clips.at(clips.end_to_end)[0]
+    frames = clips.read(clips.non_overlapping)[0]
     tokens = torch.cat([world.tokenizer.encode(to_float(batch)) for batch in frames.split(32)])
     share = np.sort(metrics.shares(tokens, 1024))[::-1]
 
     def draw(axes):
         axes.semilogy(np.arange(1, 1025), np.maximum(share, 1e-7), "C0")
-        axes.axhline(1 / 1024, color="k", linestyle=":", label="if all were equally frequent")
+        axes.axhline(1 / 1024, color="k", linestyle=":", label="if all codes were equally frequent")
         axes.set(xlabel="codes, by frequency", ylabel="share of all tokens", ylim=(1e-7, 1))
         axes.legend(frameon=False)
 
     plot("1_codebook", (5, 3), draw)
-    use = {"frames": frames.shape[0] * frames.shape[1], "used": int((share > 0).sum()), "perplexity": metrics.perplexity(share), "largest_share": float(share[0])}
-    return {f"codebook/{name}": value for name, value in use.items()}
+    return {
+        "codebook/frames": frames.shape[0] * frames.shape[1],
+        "codebook/used": int((share > 0).sum()),
+        "codebook/perplexity": metrics.perplexity(share),
+        "codebook/largest_share": float(share[0]),
+    }
 
 
 def attention(world, clips):
-    """What one token can be influenced by, after one block and after two: by gradient, in a network with random weights."""
+    """What can influence one token after one block and after two.
+
+    Measured by the gradient in a network with random weights.
+    """
+    blue, light, red = (torch.tensor(c) for c in ((70, 130, 220), (235, 235, 235), (220, 60, 50)))
     rows = []
     for n_blocks in (1, 2):
         torch.manual_seed(0)
@@ -143,22 +196,27 @@ def attention(world, clips):
         x = torch.randn(1, 6, 64, 32, requires_grad=True)
         stack(x)[0, 4, 27].sum().backward()
         seen = patches(x.grad.abs().amax(-1)[0] > 0)  # (6, 64, 64, 1)
-        picture = torch.where(seen, torch.tensor([70, 130, 220]), torch.tensor([235, 235, 235])).byte()
+        picture = torch.where(seen, blue, light).byte()
         row, column = divmod(27, 8)
-        picture[4, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = torch.tensor([220, 60, 50], dtype=torch.uint8)
+        picture[4, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = red.byte()
         rows.append(picture)
-    save_png(labelled_grid(np.stack(rows), [f"frame {t}" for t in range(6)]), OUT / "1_attention.png")
+    names = [f"frame {t}" for t in range(6)]
+    save_png(labelled_grid(np.stack(rows), names), OUT / "1_attention.png")
     return {}
 
 
 def rotary(world, clips):
-    """One query and one key, the same in every frame, turned by the angles of their frames: the product knows the distance alone."""
+    """One query and one key, the same in every frame, rotated by the angles of their frames.
+
+    Their product depends only on the distance between the frames.
+    """
     torch.manual_seed(0)
     dim, frames = world.dynamics.transformer.head_dim, torch.arange(24)
-    cos, sin = SpatioTemporalPositionalEncoding.rotation(frames, dim)
-    q, k = (SpatioTemporalPositionalEncoding.rotate(x.expand(24, dim), (cos, sin)) for x in torch.randn(2, 1, dim))
+    rope = rope_angles(frames, dim)
+    q, k = (apply_rope(x.expand(24, dim), rope) for x in torch.randn(2, 1, dim))
 
     def draw(axes):
+        cos, _ = rope
         for j in range(0, dim // 2, dim // 6):
             axes[0].plot(frames, cos[:, j], label=f"pair {j}")
         axes[0].set(xlabel="frame m", ylabel="cos of the angle")
@@ -170,20 +228,24 @@ def rotary(world, clips):
     return {}
 
 
-# --- 2: inverse dynamics -----------------------------------------------------------------------------------------
+# --- 2: inverse dynamics ---------------------------------------------------------------------
 def actions(world, clips):
-    """Per action: where the content of the picture goes, on the mean of all its transitions, and one of them."""
+    """For each action, the mean flow of its transitions, and one transition as an example."""
     frames = striking(clips, 128, among=256)
-    codes = torch.cat([world.lam.infer(to_float(batch)) for batch in frames.split(32)]).flatten().numpy()
+    codes = infer(world, frames).flatten().numpy()
     before, after = frames[:, :-1].flatten(0, 1).numpy(), frames[:, 1:].flatten(0, 1).numpy()
-    flows = np.stack([optical_flow(a, b) for a, b in zip(before, after)])  # (M, H, W, 2)
+    flows = [optical_flow(a, b) for a, b in zip(before, after, strict=True)]
+    flows = np.stack(flows)  # (M, H, W, 2)
     contrast = before.mean(axis=-1).std(axis=(1, 2))
 
     def draw(axes):
         for action, (arrows, first, second) in enumerate(axes.T):
             at = np.flatnonzero(codes == action)
-            mean = flows[at].mean(axis=0).reshape(8, 8, 8, 8, 2).mean(axis=(1, 3))  # one arrow per patch
-            arrows.quiver(mean[::-1, :, 0], -mean[::-1, :, 1], angles="xy", scale_units="xy", scale=4, width=0.02)
+            mean = flows[at].mean(axis=0).reshape(8, 8, 8, 8, 2)
+            mean = mean.mean(axis=(1, 3))  # one arrow per patch
+            across, down = mean[::-1, :, 0], mean[::-1, :, 1]
+            size = dict(angles="xy", scale_units="xy", scale=4, width=0.02)
+            arrows.quiver(across, -down, **size)
             arrows.set_title(f"{action}  {world.action_names[action]}", fontsize=9)
             arrows.set(xlim=(-1, 8), ylim=(-1, 8), aspect="equal")
             i = at[np.argsort(contrast[at], kind="stable")[int(0.9 * len(at))]]
@@ -197,140 +259,202 @@ def actions(world, clips):
 
 
 def movement(world, clips):
-    """What shows the encoder which way a texture went, and what the decoder makes of it: patches moved, then what was missing."""
+    """How the encoder measures which way a texture moved, and what the decoder predicts."""
     frames = striking(clips, 128, among=256)
-    flat = to_float(frames).split(32)
-    codes, fits = torch.cat([world.lam.infer(x) for x in flat]), torch.cat([world.lam.encoder.mismatch(x) for x in flat])  # (B, T-1), (B, T-1, N, 34)
-    sides = [max((float(name.split()[-1]), i) for i, name in enumerate(world.action_names) if side in name)[1] for side in ("left", "right")]
+    codes = infer(world, frames)  # (B, T-1)
+    fits = [world.lam.encoder.mismatch(batch) for batch in to_float(frames).split(32)]
+    fits = torch.cat(fits)  # (B, T-1, N, 34)
+    turns = [strongest(world, side) for side in ("left", "right")]
 
     def draw(axes):
-        for action in sides:
-            axes.plot(MOVES, fits[codes == action].mean(dim=(0, 1))[: len(MOVES)], "o-", label=f"{action}  {world.action_names[action]}")
-        axes.set(xlabel="last frame moved across by, pixels", ylabel="mismatch with the next frame")
+        for action in turns:
+            across = fits[codes == action].mean(dim=(0, 1))[: len(MOVES)]
+            axes.plot(MOVES, across, "o-", label=f"{action}  {world.action_names[action]}")
+        axes.set(xlabel="horizontal shift of frame t, pixels", ylabel="mismatch with frame t+1")
         axes.legend(frameon=False)
 
     plot("2_matches", (5, 3), draw)
-    corrections, rows = [], []
-    hook = world.lam.decoder.frame_head.register_forward_hook(lambda module, inputs, out: corrections.append(out))
-    for action in sides:
-        change = (to_float(frames).diff(dim=1) ** 2).mean(dim=(2, 3, 4)) * (codes == action)  # (B, T-1)
+    video = to_float(frames)
+    rows = []
+    for action in turns:  # the transition of this action with the largest change
+        change = (video.diff(dim=1) ** 2).mean(dim=(2, 3, 4)) * (codes == action)  # (B, T-1)
         clip, t = divmod(int(change.argmax()), change.shape[1])
-        past, told = to_float(frames[clip][None]), codes[clip][None]
-        told = world.lam.decoder(past[:, :-1], world.lam.quantizer.indices_to_codes(told))
-        rows.append(torch.cat([past[:, t], (told - corrections[-1])[:, t], 2 * corrections[-1][:, t], told[:, t], past[:, t + 1]]))
-    hook.remove()
-    save_png(labelled_grid(to_uint8(torch.stack(rows)), ["frame t", "moved", "missing, x2", "sum", "frame t+1"]), OUT / "2_warp.png")
+        rows.append(warp_and_correct(world.lam, video[clip][None], codes[clip][None], t))
+    names = ["frame t", "shifted", "correction x2", "sum", "frame t+1"]
+    save_png(labelled_grid(to_uint8(torch.stack(rows)), names), OUT / "2_warp.png")
     return {}
 
 
-def passes(world, clips):
-    """PSNR of a rollout four frames on, with 1, 2 and 8 MaskGIT passes a frame."""
-    frames = Clips(clips.footage, "val", 8, val_fraction=0.9).spread(128)[0]
-    codes = torch.cat([world.lam.infer(to_float(batch)) for batch in frames.split(32)])
-    numbers, usual = {}, world.steps
-    for world.steps in (1, 2, 8):
-        world.generator.manual_seed(0)
-        world.reset(frames[:, :4], codes[:, :3])
-        last = [world.step(codes[:, t]) for t in range(3, 7)][-1]
-        numbers[f"passes/{world.steps}/psnr_t4"] = metrics.psnr(((unit(last) - unit(frames[:, 7])) ** 2).mean())
-    world.steps = usual
-    return numbers | {"default/temperature": world.temperature}
+def strongest(world: WorldModel, side: str) -> int:
+    """The action whose name has the largest movement to that side."""
+    found = []
+    for action, name in enumerate(world.action_names):
+        if side in name:
+            found.append((float(name.split()[-1]), action))
+    return max(found)[1]
+
+
+def warp_and_correct(lam, video: Tensor, codes: Tensor, t: int) -> Tensor:
+    """Frame t, its patches shifted, the correction (twice), their sum, and frame t+1."""
+    corrections = []
+    hook = lam.decoder.frame_head.register_forward_hook(
+        lambda module, inputs, out: corrections.append(out)
+    )
+    predicted = lam.decoder(video[:, :-1], lam.quantizer.indices_to_codes(codes))[:, t]
+    hook.remove()
+    added = corrections[0][:, t]
+    return torch.cat([video[:, t], predicted - added, 2 * added, predicted, video[:, t + 1]])
 
 
 def agreement(world, clips):
-    frames, buttons = clips.spread(256)
-    codes = torch.cat([world.lam.infer(to_float(batch)) for batch in frames.split(32)])
-    counts = metrics.contingency(codes, buttons)
-    names = clips.footage.action_names
+    """How often each true action occurs with each code."""
+    frames, true_actions = clips.evenly_spaced(256)
+    codes = infer(world, frames)
+    counts = metrics.contingency(codes, true_actions)
+    share = counts / counts.sum(1, keepdims=True)
+    names = clips.dataset.action_names
 
     def draw(axes):
-        axes.imshow(counts / counts.sum(1, keepdims=True), cmap="Blues", vmin=0, vmax=1)
-        axes.set_yticks(range(len(counts)), [f"{i}  {name}" for i, name in enumerate(world.action_names)])
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.set_yticks(range(len(counts)), numbered_names(world))
         axes.set_xticks(range(len(names)), names, rotation=20)
         for i, j in np.ndindex(*counts.shape):
-            axes.text(j, i, f"{counts[i, j] / counts[i].sum():.2f}", ha="center", va="center", color="w" if counts[i, j] > 0.6 * counts[i].sum() else "k")
+            color = "w" if share[i, j] > 0.6 else "k"
+            axes.text(j, i, f"{share[i, j]:.2f}", ha="center", va="center", color=color)
 
     plot("2_agreement", (4.6, 4.6), draw)
-    return {"agreement/nmi": metrics.nmi_above_chance(codes, buttons), "agreement/accuracy": metrics.best_mapping_accuracy(codes, buttons),
-            "agreement/majority": float(metrics.shares(buttons, len(names)).max())}  # fmt: skip
+    return {
+        "agreement/nmi": metrics.nmi_above_chance(codes, true_actions),
+        "agreement/accuracy": metrics.best_mapping_accuracy(codes, true_actions),
+        "agreement/majority": float(metrics.shares(true_actions, len(names)).max()),
+    }
 
 
-ROWS = {
-    "shipped": "as shipped", "pairs": "encoder: both frames in a patch, not how they match", "pooled": "encoder: mean-pooled frames compared (article)",
-    "adds": "decoder: adds, cannot move patches", "draws": "decoder: draws the frame anew", "first frame": "decoder: draws it anew, from the first frame (article, keep-rate 0)",
-    "rounded": "rounded from the start (article)", "no norm": "no normalisation before rounding (article)", "no entropy": "no entropy bonus (article)",
+LAM_ROWS = {  # name in the text → row of docs/results/ablation.json
+    "shipped": "as shipped",
+    "pairs": "encoder: both frames in a patch, not how they match",
+    "pooled": "encoder: mean-pooled frames compared (article)",
+    "adds": "decoder: adds, cannot move patches",
+    "draws": "decoder: draws the frame anew",
+    "first frame": "decoder: draws it anew, from the first frame (article, keep-rate 0)",
+    "rounded": "rounded from the start (article)",
+    "no norm": "no normalisation before rounding (article)",
+    "no entropy": "no entropy bonus (article)",
     "article": "all of the article's choices together",
-}  # fmt: skip
+}
+DYNAMICS_ROWS = {
+    "shipped": "as shipped",
+    "masked": "context masked (Genie, the article)",
+    "added": "action added to the tokens (Genie)",
+    "kernel": "a token's embedding sees itself alone (Genie)",
+}
 
 
 def choices(world, clips):
-    """Means over three seeds of results/ablation.json, for the text: one change at a time."""
+    """Means over three seeds of docs/results/ablation.json, for the text."""
     found, numbers = results("ablation"), {}
-    for short, row in ROWS.items():
-        runs = [{m: found[f"lam/{row}/{seed}/{m}"] for m in ("psnr", "copy_psnr", "nmi", "actions_used", "largest_share")} for seed in range(3)]
-        numbers |= {f"choices/{short}/{m}": float(np.mean([run[m] for run in runs])) for m in ("nmi", "actions_used", "largest_share")}
-        numbers[f"choices/{short}/error"] = float(np.mean([10 ** ((run["copy_psnr"] - run["psnr"]) / 10) for run in runs]))
+
+    def values(row, metric):
+        return np.array([found[f"{row}/{seed}/{metric}"] for seed in range(3)])
+
+    for short, row in LAM_ROWS.items():
+        row = f"lam/{row}"
+        for metric in ("nmi", "actions_used", "largest_share"):
+            numbers[f"choices/{short}/{metric}"] = float(values(row, metric).mean())
+        error = 10 ** ((values(row, "copy_psnr") - values(row, "psnr")) / 10)
+        numbers[f"choices/{short}/error"] = float(error.mean())
     delta = {}
-    for short, row in {"shipped": "as shipped", "masked": "context masked (Genie, the article)", "added": "action added to the tokens (Genie)", "kernel": "a token's embedding sees itself alone (Genie)"}.items():
-        delta[short] = float(np.mean([found[f"dynamics/{row}/{seed}/delta_psnr_t4"] for seed in range(3)]))
-        numbers |= {f"choices/{short}/delta": delta[short], f"choices/{short}/loss_of_delta": delta["shipped"] - delta[short]}
+    for short, row in DYNAMICS_ROWS.items():
+        delta[short] = float(values(f"dynamics/{row}", "delta_psnr_t4").mean())
+        numbers[f"choices/{short}/delta"] = delta[short]
+        numbers[f"choices/{short}/loss_of_delta"] = delta["shipped"] - delta[short]
     return numbers
 
 
-COLLAPSE = ["--encoder", "frames", "--decoder", "change", "--latent-norm", "none", "--soft-rate", "0", "--entropy-lambda", "0", "--var-lambda", "0"]
+SMALL_LAM = (
+    "--preset cpu --batch-size 4 --embed-dim 64 --hidden-dim 256 --dtype float32 --device cpu"
+)
+NOTHING = (
+    "--encoder frames --decoder change --latent-norm none"
+    " --soft-rate 0 --entropy-lambda 0 --var-lambda 0"
+)
 
 
 def collapse(world, clips, n_updates=200):
-    """The LAM of this project, and one without all that keeps codes alive: the same clips, the same number of updates."""
-    numbers, shares = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, options in (("as shipped", []), ("nothing against collapse", COLLAPSE)):
-            out = Path(folder) / name
-            train_lam.main(["--data-path", clips.footage.name, "--out", str(out), "--preset", "cpu", "--n-updates", str(n_updates), "--batch-size", "4", "--embed-dim", "64",
-                            "--hidden-dim", "256", "--dtype", "float32", "--device", "cpu", *options])  # fmt: skip
-            lam = build_model(load_checkpoint(out / "lam.pt", "lam"))
-            frames = clips.spread(64)[0]
-            codes = lam.infer(to_float(frames))
-            told = [lam.predict(to_float(frames), actions) for actions in (codes, codes.roll(1, 0))]
-            truth, before = to_float(frames)[:, 1:], to_float(frames)[:, :-1]
-            copy = float(F.mse_loss(before, truth))
-            shares[name] = metrics.shares(codes, 8)
-            kind = "shipped" if name == "as shipped" else "nothing"
-            numbers |= {f"collapse/{kind}/used": int((shares[name] > 0).sum()), f"collapse/{kind}/largest_share": float(shares[name].max()),
-                        f"collapse/{kind}/error_over_copy": float(F.mse_loss(told[0], truth)) / copy, f"collapse/{kind}/error_with_others": float(F.mse_loss(told[1], truth)) / copy}  # fmt: skip
+    """The LAM of this project, and one without any of the measures that keep codes in use."""
+    numbers, shares = {"collapse/updates": n_updates}, {}
+    options = f"{SMALL_LAM} --n-updates {n_updates}".split()
+    frames = clips.evenly_spaced(64)[0]
+    for name, more in (("shipped", ""), ("nothing", NOTHING)):
+        with tempfile.TemporaryDirectory() as out:
+            train_lam.main(
+                ["--data-path", clips.dataset.name, "--out", out, *options, *more.split()]
+            )
+            lam = build_model(load_checkpoint(f"{out}/lam.pt", "lam"))
+        shares[name], found = use_of_codes(lam, frames)
+        numbers |= {f"collapse/{name}/{key}": value for key, value in found.items()}
 
     def draw(axes):
-        for ax, (name, share) in zip(axes, shares.items()):
-            ax.bar(range(8), np.sort(share)[::-1], color="C0" if name == "as shipped" else "C1")
-            ax.set(title=name, ylim=(0, 1), xlabel="codes, by frequency", ylabel="share of transitions")
+        titles = ("as shipped", "no measure against collapse")
+        for i, (title, share) in enumerate(zip(titles, shares.values(), strict=True)):
+            axes[i].bar(range(8), np.sort(share)[::-1], color=f"C{i}")
+            labels = dict(xlabel="codes, by frequency", ylabel="share of transitions")
+            axes[i].set(title=title, ylim=(0, 1), **labels)
 
     plot("2_collapse", (7, 2.8), draw, ncols=2)
-    return numbers | {"collapse/updates": n_updates}
+    return numbers
 
 
-# --- 3: dynamics -------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def use_of_codes(lam, frames: Tensor) -> tuple[np.ndarray, dict]:
+    """→ the share of each code, and how much the codes help the decoder."""
+    video = to_float(frames)
+    codes = lam.infer(video)
+    own, others = (lam.predict(video, given) for given in (codes, codes.roll(1, 0)))
+    truth, before = video[:, 1:], video[:, :-1]
+    copy = float(F.mse_loss(before, truth))
+    share = metrics.shares(codes, 8)
+    return share, {
+        "used": int((share > 0).sum()),
+        "largest_share": float(share.max()),
+        "error_over_copy": float(F.mse_loss(own, truth)) / copy,
+        "error_with_others": float(F.mse_loss(others, truth)) / copy,
+    }
+
+
+# --- 3: dynamics -----------------------------------------------------------------------------
 def masking(world, clips):
-    """A frame as the dynamics model sees it in training: half, three quarters, all of its tokens replaced."""
+    """A frame as the model sees it in training: half, three quarters or all tokens masked."""
     frame = striking(clips, 1)[0, -1]
     torch.manual_seed(0)
-    dice = torch.rand(64)
-    masked = [torch.where(patches(dice < rate), GRAY, frame).byte() for rate in (0.0, 0.5, 0.75, 1.0)]
-    save_png(labelled_grid(np.stack(masked)[None], ["clean", "rate 0.5", "rate 0.75", "rate 1"]), OUT / "3_masking.png")
+    drawn = torch.rand(64)
+    rates = (0.0, 0.5, 0.75, 1.0)
+    masked = [torch.where(patches(drawn < rate), GRAY, frame).byte() for rate in rates]
+    names = ["clean", "rate 0.5", "rate 0.75", "rate 1"]
+    save_png(labelled_grid(np.stack(masked)[None], names), OUT / "3_masking.png")
     return {}
 
 
 def modulation(world, clips):
-    """What the eight actions do to the norms of the dynamics model."""
-    scales = [norm[0][0, :, 0] - 1 for block in world.dynamics.condition(torch.arange(world.n_actions)[None])[1] for norm in block]  # (8, E) for each norm
+    """How the eight actions scale the norms of the dynamics model."""
+    scales = []  # (8, E) for each norm
+    for block in world.dynamics.modulations(torch.arange(world.n_actions)[None]):
+        scales += [scale[0, :, 0] - 1 for scale, _ in block]
+    blocks = range(1, len(scales) // 3 + 1)
 
     def draw(axes):
         last = scales[-1]
-        axes[0].imshow(last[:, last.var(0).argsort(descending=True, stable=True)[:48]], cmap="RdBu", vmin=-last.abs().max(), vmax=last.abs().max(), aspect="auto")
-        axes[0].set_yticks(range(world.n_actions), [f"{i}  {name}" for i, name in enumerate(world.action_names)], fontsize=8)
+        channels = last.var(0).argsort(descending=True, stable=True)[:48]
+        limit = last.abs().max()
+        colors = dict(cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        axes[0].imshow(last[:, channels], **colors)
+        axes[0].set_yticks(range(world.n_actions), numbered_names(world), fontsize=8)
         axes[0].set(xlabel="channels of the last block's third norm", xticks=[])
         for i, name in enumerate(("space", "time", "feed-forward")):
-            axes[1].plot(range(1, len(scales) // 3 + 1), [scale.std(dim=0).mean() for scale in scales[i::3]], "o-", label=name)
-        axes[1].set(xlabel="block", ylabel="spread of γ over actions", ylim=(0, None), xticks=range(1, len(scales) // 3 + 1))
+            deviations = [scale.std(dim=0).mean() for scale in scales[i::3]]
+            axes[1].plot(blocks, deviations, "o-", label=name)
+        axes[1].set(xlabel="block", xticks=blocks)
+        axes[1].set(ylabel="standard deviation\nof γ over actions", ylim=(0, None))
         axes[1].legend(frameon=False)
 
     plot("3_modulation", (9, 2.8), draw, ncols=2)
@@ -338,43 +462,73 @@ def modulation(world, clips):
 
 
 def decoding(world, clips, passes=8):
-    """MaskGIT on one real frame: after each pass, what is filled."""
+    """MaskGIT on one real frame: the tokens that are filled after each pass."""
     frames = striking(clips, 1)
-    tokens, led_to = world.encode(frames[:, :5])  # (1, 5, 64)
-    known, dynamics = [], world.dynamics
+    tokens, previous_actions = world.encode(frames[:, :5])  # (1, 5, 64), (1, 5)
+    before = tokens[:, :4]
+    dynamics = world.dynamics
+    mask_index = dynamics.mask_index
     cache = dynamics.new_cache()
-    dynamics.prefill(tokens[:, :4], led_to, cache)
-    condition = dynamics.condition(led_to[:, 4:])
+    dynamics.prefill(before, previous_actions, cache)
+    known = []
 
     def logits_of(now):
         known.append(now.clone())
-        return dynamics.head(dynamics.states(now.unsqueeze(1), condition, cache=cache))[:, 0].float()
+        action = previous_actions[:, 4:]
+        states = dynamics.hidden_states(now.unsqueeze(1), action, cache=cache)
+        return dynamics.head(states)[:, 0].float()
 
-    start = torch.full_like(tokens[:, 4], dynamics.mask_index)
-    known.append(maskgit_decode(logits_of, start, dynamics.mask_index, passes, temperature=0.0))
-    shown = []
-    for now in known:
-        pixels = to_uint8(world.tokenizer.decode(torch.cat([tokens[:, :4], now.masked_fill(now == dynamics.mask_index, 0).unsqueeze(1)], dim=1)))[0, -1]
-        shown.append(torch.where(patches(now[0] != dynamics.mask_index), pixels, GRAY).byte())
-    truth, before = frames[0, 4], frames[0, 3]
-    save_png(labelled_grid(np.stack([before, *shown, truth])[None], ["before", "masked", *(f"pass {k}" for k in range(1, passes + 1)), "truth"]), OUT / "3_decoding.png")
-    return {f"decoding/filled_after_{k}": int((now != dynamics.mask_index).sum()) for k, now in enumerate(known)}
+    masked = torch.full_like(tokens[:, 4], mask_index)
+    known.append(maskgit_decode(logits_of, masked, mask_index, passes, temperature=0.0))
+    shown, filled = [], {}
+    for k, now in enumerate(known):
+        visible = now != mask_index
+        clip = torch.cat([before, now.masked_fill(~visible, 0).unsqueeze(1)], dim=1)
+        pixels = to_uint8(world.tokenizer.decode(clip))[0, -1]
+        shown.append(torch.where(patches(visible[0]), pixels, GRAY).byte())
+        filled[f"decoding/filled_after_{k}"] = int(visible.sum())
+    row = np.stack([frames[0, 3], *shown, frames[0, 4]])
+    names = ["before", "masked", *(f"pass {k}" for k in range(1, passes + 1)), "truth"]
+    save_png(labelled_grid(row[None], names), OUT / "3_decoding.png")
+    return filled
+
+
+def passes(world, clips):
+    """PSNR of a rollout after four frames, with 1, 2 and 8 MaskGIT passes per frame."""
+    frames = Clips(clips.dataset, "val", 8, val_fraction=0.9).evenly_spaced(128)[0]
+    codes = infer(world, frames)
+    numbers = {"default/temperature": world.temperature}
+    for steps in (1, 2, 8):
+        measured = world.twin()
+        measured.steps = steps
+        measured.reset(frames[:, :4], codes[:, :3])
+        last = [measured.step(codes[:, t]) for t in range(3, 7)][-1]
+        error = ((unit(last) - unit(frames[:, 7])) ** 2).mean()
+        numbers[f"passes/{steps}/psnr_t4"] = metrics.psnr(error)
+    return numbers
 
 
 def rollout(world, clips):
-    frames, at = striking(Clips(clips.footage, "val", 20, val_fraction=0.9), 3), (0, 1, 2, 4, 8, 16)
+    frames = striking(Clips(clips.dataset, "val", 20, val_fraction=0.9), 3)
+    at = [0, 1, 2, 4, 8, 16]
     codes = world.lam.infer(to_float(frames))
     world.generator.manual_seed(0)
     world.reset(frames[:, :4], codes[:, :3])
-    played = np.stack([frames[:, 3]] + [world.step(codes[:, t]) for t in range(3, 19)], axis=1)
-    rows = [row for clip in range(3) for row in (frames[clip, [3 + t for t in at]].numpy(), played[clip, list(at)])]
-    save_png(labelled_grid(np.stack(rows), ["last known", *(f"t = {t}" for t in at[1:])]), OUT / "3_rollout.png")
+    played = [frames[:, 3], *(world.step(codes[:, t]) for t in range(3, 19))]
+    played = np.stack(played, axis=1)
+    rows = []
+    for clip in range(3):
+        rows += [frames[clip, 3:][at].numpy(), played[clip, at]]
+    names = ["last known", *(f"t = {t}" for t in at[1:])]
+    save_png(labelled_grid(np.stack(rows), names), OUT / "3_rollout.png")
     report = results("doom-maze")
 
     def draw(axes):
-        t = range(1, 17)
-        axes.plot(t, [report[f"dynamics/rollout_psnr_t{i}"] for i in t], "C0", label="rollout")
-        axes.plot(t, [report[f"dynamics/copy_psnr_t{i}"] for i in t], "k:", label="the last known frame, again and again")
+        times = range(1, 17)
+        known = [report[f"dynamics/rollout_psnr_t{t}"] for t in times]
+        copied = [report[f"dynamics/copy_psnr_t{t}"] for t in times]
+        axes.plot(times, known, "C0", label="rollout")
+        axes.plot(times, copied, "k:", label="copy of the last known frame")
         axes.set(xlabel="frames after the last known one", ylabel="PSNR, dB")
         axes.legend(frameon=False)
 
@@ -382,8 +536,8 @@ def rollout(world, clips):
     return {}
 
 
-# --- 4: evaluation -----------------------------------------------------------------------------------------------
-def blur(frames, sigma):
+# --- 4: evaluation ---------------------------------------------------------------------------
+def blur(frames: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of uint8 (…, H, W, 3)."""
     x = torch.as_tensor(frames).float().movedim(-1, -3)
     radius = int(3 * sigma)
@@ -395,159 +549,262 @@ def blur(frames, sigma):
 
 
 def blind_spots(world, clips):
-    """Five wrong pictures of one frame, with the numbers that each metric gives them."""
-    pair = max((clip[-2:] for clip in clips.spread(64)[0]), key=lambda p: float(metrics.changed(unit(p[1]), unit(p[0])).float().mean()))
-    before, truth = pair
+    """Five wrong versions of one frame, and their value in each metric."""
+
+    def change(pair):
+        return float(metrics.changed(unit(pair[1]), unit(pair[0])).float().mean())
+
+    before, truth = max((clip[-2:] for clip in clips.evenly_spaced(64)[0]), key=change)
     torch.manual_seed(0)
     noisy = (truth.float() + 16 * torch.randn(truth.shape)).clamp(0, 255).byte()
-    wrong = {"copy": before, "blurred": blur(truth, 2.0), "shifted": truth.roll(2, 1), "noisy": noisy, "rebuilt": to_uint8(world.tokenizer.decode(world.tokenizer.encode(to_float(truth[None, None]))))[0, 0]}
+    tokens = world.tokenizer.encode(to_float(truth[None, None]))
+    wrong = {
+        "copy": before,
+        "blurred": blur(truth, 2.0),
+        "shifted": truth.roll(2, 1),
+        "noisy": noisy,
+        "rebuilt": to_uint8(world.tokenizer.decode(tokens))[0, 0],
+    }
     mask = metrics.changed(unit(truth), unit(before))
     numbers = {}
     for name, picture in wrong.items():
-        error = ((unit(picture) - unit(truth)) ** 2).mean()
-        numbers |= {f"blind/{name}/psnr": metrics.psnr(error), f"blind/{name}/psnr_changing": metrics.masked_psnr(unit(picture), unit(truth), mask)}
-    save_png(labelled_grid(np.stack([truth, *wrong.values()])[None], ["truth", *wrong]), OUT / "4_blind_spots.png")
+        predicted, known = unit(picture), unit(truth)
+        numbers[f"blind/{name}/psnr"] = metrics.psnr(((predicted - known) ** 2).mean())
+        numbers[f"blind/{name}/psnr_changing"] = metrics.masked_psnr(predicted, known, mask)
+    row = np.stack([truth, *wrong.values()])
+    save_png(labelled_grid(row[None], ["truth", *wrong]), OUT / "4_blind_spots.png")
     return numbers
 
 
 def frechet(world, clips):
-    """Fréchet distances on the small network's features: of real clips to other real clips, and to clips spoiled in one way each."""
-    frames = Clips(clips.footage, "val", 16, val_fraction=0.9).spread(256)[0]
+    """Fréchet distances of real clips to other real clips, and to clips degraded in one way each.
+
+    The features are those of the small network.
+    """
+    frames = Clips(clips.dataset, "val", 16, val_fraction=0.9).evenly_spaced(256)[0]
     real, other = frames[::2], frames[1::2]
     torch.manual_seed(0)
-    spoiled = {
-        "other real clips": other, "blurred a little": blur(other, 1.0), "blurred": blur(other, 2.0),
-        "frames in random order": torch.stack([clip[torch.randperm(16)] for clip in other]), "the first frame, again and again": other[:, :1].expand_as(other),
-    }  # fmt: skip
+    degraded = {
+        "other real clips": other,
+        "blurred a little": blur(other, 1.0),
+        "blurred": blur(other, 2.0),
+        "frames in random order": torch.stack([clip[torch.randperm(16)] for clip in other]),
+        "the first frame, again and again": other[:, :1].expand_as(other),
+    }
     features = smallnet_features(real)
-    return {f"fvd/{name}": metrics.frechet_distance(features, smallnet_features(x)) for name, x in spoiled.items()}
+    numbers = {}
+    for name, videos in degraded.items():
+        distance = metrics.frechet_distance(features, smallnet_features(videos))
+        numbers[f"fvd/{name}"] = distance
+    return numbers
+
+
+CONTROL_ROWS = {  # name in the text → row of docs/results/ablation.json
+    "dice": "no actions (random instead): the random baseline",
+    "shipped": "as shipped",
+    "buttons": "true actions: the oracle",
+}
 
 
 def control(world, clips):
-    """ΔPSNR of the floor, of worlds with latent actions, and of the skyline, over three seeds (results/ablation.json)."""
-    found, names = results("ablation"), {"dice": "no actions (dice instead): the floor", "shipped": "as shipped", "buttons": "true buttons: the skyline"}
-    numbers = {}
-    for short, row in names.items():
+    """ΔPSNR of the random baseline, of latent actions and of the oracle, over three seeds."""
+    found, numbers = results("ablation"), {}
+    for short, row in CONTROL_ROWS.items():
         for key, metric in (("random", "delta_psnr_t4"), ("frequent", "delta_psnr_null_t4")):
-            values = [value for name, value in found.items() if name.startswith(f"dynamics/{row}/") and name.endswith("/" + metric)]
-            numbers |= {f"control/{short}/{key}": float(np.mean(values)), f"control/{short}/{key}_std": float(np.std(values, ddof=1))}
+            start, end = f"dynamics/{row}/", f"/{metric}"
+            values = [v for k, v in found.items() if k.startswith(start) and k.endswith(end)]
+            numbers[f"control/{short}/{key}"] = float(np.mean(values))
+            numbers[f"control/{short}/{key}_std"] = float(np.std(values, ddof=1))
 
     def draw(axes):
-        for i, (key, label) in enumerate((("random", "to random actions"), ("frequent", "to the most frequent"))):
-            heights, spread = ([numbers[f"control/{short}/{key}{end}"] for short in names] for end in ("", "_std"))
-            axes.bar(np.arange(3) + 0.4 * i - 0.2, heights, 0.4, yerr=spread, label=label)
-        axes.set_xticks(range(3), ["dice: the floor", "latent actions", "true buttons:\nthe skyline"])
-        axes.set(ylabel="ΔPSNR four frames on, dB", ylim=(-0.3, 3.2))
+        labels = {"random": "against random actions", "frequent": "against the most frequent"}
+        for i, (key, label) in enumerate(labels.items()):
+            heights = [numbers[f"control/{short}/{key}"] for short in CONTROL_ROWS]
+            deviations = [numbers[f"control/{short}/{key}_std"] for short in CONTROL_ROWS]
+            axes.bar(np.arange(3) + 0.4 * i - 0.2, heights, 0.4, yerr=deviations, label=label)
+        bars = ["random actions:\nthe baseline", "latent actions", "true actions:\nthe oracle"]
+        axes.set_xticks(range(3), bars)
+        axes.set(ylabel="ΔPSNR after four frames, dB", ylim=(-0.3, 3.2))
         axes.legend(frameon=False)
 
     plot("4_control", (5, 3), draw)
     return numbers
 
 
-# --- 5: speed ----------------------------------------------------------------------------------------------------
+# --- 5: speed --------------------------------------------------------------------------------
 def cache_work(world, clips, n=36):
-    """Frames that pass through the transformer for one that is drawn, with the cache and without. Both draw the same tokens."""
-    dynamics, count = world.dynamics, []
-    hook = dynamics.transformer.register_forward_hook(lambda module, inputs, out: count.append(out.shape[1]))
-    history, led_to = world.encode(striking(clips, 1)[:, :4])
-    cache, tokens, work = dynamics.new_cache(), history, {"with the cache": [], "without": []}
-    dynamics.prefill(tokens[:, :-1], led_to, cache)
-    actions = torch.cat([led_to, torch.arange(n)[None] // 4 % world.n_actions], dim=1)
-    for t in range(4, 4 + n):
-        count.clear()
-        new = dynamics.next_frame(tokens[:, -1], actions[:, t - 1], actions[:, t], cache, world.steps, temperature=0.0)
-        tokens = torch.cat([tokens, new[:, None]], dim=1)
-        work["with the cache"].append(sum(count))
-    condition = [dynamics.condition(actions[:, : t + 1]) for t in range(4 + n)]
-    for t in range(4, 4 + n):
-        count.clear()
+    """How many frames pass through the transformer for each new one, with and without the cache.
 
-        def logits_of(now):
-            return dynamics.head(dynamics.states(torch.cat([history, now[:, None]], dim=1), condition[t]))[:, -1].float()
-
-        new = maskgit_decode(logits_of, torch.full_like(history[:, 0], dynamics.mask_index), dynamics.mask_index, world.steps, temperature=0.0)
-        history = torch.cat([history, new[:, None]], dim=1)
-        work["without"].append(sum(count))
+    Both ways decode the same tokens.
+    """
+    count = []
+    hook = world.dynamics.transformer.register_forward_hook(
+        lambda module, inputs, out: count.append(out.shape[1])
+    )
+    history, previous_actions = world.encode(striking(clips, 1)[:, :4])
+    held = torch.arange(n)[None] // 4 % world.n_actions  # each action for four frames
+    actions = torch.cat([previous_actions, held], dim=1)
+    work, tokens = {}, {}
+    for name, draw_frames in (("with the cache", cached), ("without", uncached)):
+        tokens[name], work[name] = draw_frames(world, history, actions, count)
     hook.remove()
 
     def draw(axes):
         for name, counts in work.items():
             axes.plot(range(4, 4 + n), counts, label=name)
-        axes.set(xlabel="frame that is drawn", ylabel="frames through\nthe transformer", ylim=(0, None))
+        axes.set(xlabel="new frame", ylabel="frames through\nthe transformer")
+        axes.set(ylim=(0, None))
         axes.legend(frameon=False)
 
     plot("5_cache", (5, 2.6), draw)
-    return {"cache/with": work["with the cache"][-1], "cache/without": work["without"][-1], "cache/same_tokens": float((tokens == history).float().mean())}
+    same = tokens["with the cache"] == tokens["without"]
+    return {
+        "cache/with": work["with the cache"][-1],
+        "cache/without": work["without"][-1],
+        "cache/same_tokens": float(same.float().mean()),
+    }
 
 
-PRODUCTS = {"attention scores, time": (2048, 8, 32, 8), "attention scores, space": (256, 64, 32, 64), "qkv": (1, 4096, 128, 384), "feed-forward": (1, 4096, 128, 512), "output head": (1, 4096, 128, 1024)}
+def cached(world: WorldModel, tokens: Tensor, actions: Tensor, count: list):
+    """Continue tokens (1, 4, N) greedily. → all tokens, and the count for each new frame."""
+    dynamics, work = world.dynamics, []
+    cache = dynamics.new_cache()
+    dynamics.prefill(tokens[:, :-1], actions[:, :4], cache)
+    for t in range(4, actions.shape[1]):
+        count.clear()
+        before, now = actions[:, t - 1], actions[:, t]
+        sampling = dict(steps=world.steps, temperature=0.0)
+        new = dynamics.next_frame(tokens[:, -1], before, now, cache, **sampling)
+        tokens = torch.cat([tokens, new[:, None]], dim=1)
+        work.append(sum(count))
+    return tokens, work
 
 
-def measure():
-    """GFLOP/s of the products of one training step (8 clips of 8 frames, 4 heads, width 128), in float32; and what memory gives."""
-    numbers = {}
-    for name, (batch, m, k, n) in {**PRODUCTS, "one large product": (1, 2048, 2048, 2048)}.items():
+def uncached(world: WorldModel, tokens: Tensor, actions: Tensor, count: list):
+    """As `cached`, but every pass runs over the whole history."""
+    dynamics, work = world.dynamics, []
+    for t in range(4, actions.shape[1]):
+        count.clear()
+        new = whole_history_decode(dynamics, tokens, actions[:, : t + 1], world.steps)
+        tokens = torch.cat([tokens, new[:, None]], dim=1)
+        work.append(sum(count))
+    return tokens, work
+
+
+def whole_history_decode(dynamics: DynamicsModel, tokens: Tensor, actions: Tensor, steps: int):
+    def logits_of(now):
+        frames = torch.cat([tokens, now[:, None]], dim=1)
+        return dynamics.head(dynamics.hidden_states(frames, actions))[:, -1].float()
+
+    masked = torch.full_like(tokens[:, 0], dynamics.mask_index)
+    return maskgit_decode(logits_of, masked, dynamics.mask_index, steps, temperature=0.0)
+
+
+PRODUCTS = {  # batch, m, k, n
+    "attention scores, time": (2048, 8, 32, 8),
+    "attention scores, space": (256, 64, 32, 64),
+    "qkv": (1, 4096, 128, 384),
+    "feed-forward": (1, 4096, 128, 512),
+    "output head": (1, 4096, 128, 1024),
+}
+
+
+def measure() -> dict:
+    """GFLOP/s of the products of one training step in float32, and GB/s of memory.
+
+    The step has 8 clips of 8 frames, 4 heads and width 128.
+    """
+
+    def fastest(action, repeats):
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    def measure_product(batch, m, k, n):
+        """→ FLOP per second, FLOP per byte."""
         a, b = torch.randn(batch, m, k), torch.randn(batch, k, n)
         out = torch.empty(batch, m, n)
-        times = []
-        for _ in range(100):
-            began = time.perf_counter()
-            torch.bmm(a, b, out=out)
-            times.append(time.perf_counter() - began)
         flops, moved = 2 * batch * m * k * n, 4 * (a.numel() + b.numel() + out.numel())
-        numbers |= {f"roofline/{name}/gflops": flops / min(times) / 1e9, f"roofline/{name}/intensity": flops / moved}
-    a, b, times = torch.randn(1 << 26), torch.empty(1 << 26), []
-    for _ in range(10):
-        began = time.perf_counter()
-        b.copy_(a)
-        times.append(time.perf_counter() - began)
-    return numbers | {"roofline/memory_gb_per_s": 8 * a.numel() / min(times) / 1e9}
+        return flops / fastest(lambda: torch.bmm(a, b, out=out), 100), flops / moved
+
+    numbers = {}
+    for name, sizes in {**PRODUCTS, "one large product": (1, 2048, 2048, 2048)}.items():
+        speed, intensity = measure_product(*sizes)
+        numbers[f"roofline/{name}/gflops"] = speed / 1e9
+        numbers[f"roofline/{name}/intensity"] = intensity
+    a, b = torch.randn(1 << 26), torch.empty(1 << 26)
+    numbers["roofline/memory_gb_per_s"] = 8 * a.numel() / fastest(lambda: b.copy_(a), 10) / 1e9
+    return numbers
 
 
-def roofline(numbers):
-    peak, memory = max(value for name, value in numbers.items() if name.endswith("gflops")), numbers["roofline/memory_gb_per_s"]
+def roofline(numbers: dict) -> None:
+    peak = max(value for name, value in numbers.items() if name.endswith("gflops"))
+    memory = numbers["roofline/memory_gb_per_s"]
 
     def draw(axes):
         x = np.logspace(-0.5, 3, 100)
-        axes.loglog(x, np.minimum(peak, memory * x), "k", label=f"roof: {memory:.0f} GB/s, {peak:.0f} GFLOP/s")
+        label = f"roof: {memory:.0f} GB/s, {peak:.0f} GFLOP/s"
+        axes.loglog(x, np.minimum(peak, memory * x), "k", label=label)
         for i, name in enumerate(PRODUCTS):
-            axes.plot(numbers[f"roofline/{name}/intensity"], numbers[f"roofline/{name}/gflops"], "o", color=f"C{i}", label=name)
+            intensity = numbers[f"roofline/{name}/intensity"]
+            speed = numbers[f"roofline/{name}/gflops"]
+            axes.plot(intensity, speed, "o", color=f"C{i}", label=name)
         axes.set(xlabel="FLOP per byte moved", ylabel="GFLOP per second")
         axes.legend(frameon=False, fontsize=8)
 
     plot("5_roofline", (5.5, 3.6), draw)
 
 
-def growth():
+def growth() -> None:
+    """Time of a pass for one new frame, by frames in the window and by patches per frame."""
     bench = results("bench")
+    frames, patches_per_frame = (8, 16, 32, 64), (64, 256, 1024)
+    times = (
+        [bench[f"growth/pass_T{T}_N64_ms"] for T in frames],
+        [bench[f"growth/pass_T8_N{N}_ms"] for N in patches_per_frame],
+    )
+    labels = ("frames in the window", "patches per frame")
 
     def draw(axes):
-        for ax, letter, values, fixed in ((axes[0], "T", (8, 16, 32, 64), "N64"), (axes[1], "N", (64, 256, 1024), "T8")):
-            ax.loglog(values, [bench[f"growth/pass_T{v}_{fixed}_ms" if letter == "T" else f"growth/pass_{fixed}_N{v}_ms"] for v in values], "o-")
-            ax.set(xlabel={"T": "frames in the window", "N": "patches per frame"}[letter], ylabel="one pass, ms", xticks=values, xticklabels=values, ylim=(2, 60), yticks=(2, 5, 10, 20, 50), yticklabels=(2, 5, 10, 20, 50))
-            ax.minorticks_off()
+        ticks = (2, 5, 10, 20, 50)
+        for i, values in enumerate((frames, patches_per_frame)):
+            axes[i].loglog(values, times[i], "o-")
+            axes[i].set(xlabel=labels[i], xticks=values, xticklabels=values)
+            axes[i].set(ylabel="one pass, ms", ylim=(2, 60), yticks=ticks, yticklabels=ticks)
+            axes[i].minorticks_off()
 
     plot("5_growth", (7, 2.8), draw, ncols=2)
 
 
-# --- 6: neighbours -------------------------------------------------------------------------------------------------
-def distances():
-    """What the flow measured: distances to a known distribution."""
+# --- 6 and 7: related methods ----------------------------------------------------------------
+def distances() -> None:
+    """Wasserstein distances of the flow and its baselines to a known distribution."""
     flow = results("flow_inverse_dynamics")
-    names = ("another draw of the truth", "flow", "MLP", "nearest neighbour", "least squares")
+    labels = {
+        "another draw of the truth": "the truth,\nresampled",
+        "flow": "flow",
+        "MLP": "regression\n(MLP)",
+        "nearest neighbour": "nearest\nneighbour",
+        "least squares": "regression\n(least squares)",
+    }
+    systems = {"two_branch": "two branches", "pendulum_clipped": "clipped pendulum"}
 
-    def bars(axes):
-        for i, (system, label) in enumerate((("two_branch", "two branches"), ("pendulum_clipped", "clipped pendulum"))):
-            axes.bar(np.arange(len(names)) + 0.4 * i - 0.2, [flow[f"{system}/{name}/wasserstein"] for name in names], 0.4, label=label)
-        axes.set_xticks(range(len(names)), ["the truth,\ndrawn again", "flow", "regression\n(MLP)", "nearest\nneighbour", "regression\n(least squares)"], fontsize=8)
+    def draw(axes):
+        for i, (system, label) in enumerate(systems.items()):
+            heights = [flow[f"{system}/{name}/wasserstein"] for name in labels]
+            axes.bar(np.arange(len(labels)) + 0.4 * i - 0.2, heights, 0.4, label=label)
+        axes.set_xticks(range(len(labels)), labels.values(), fontsize=8)
         axes.set_ylabel("Wasserstein distance to the truth")
         axes.legend(frameon=False)
 
-    plot("6_distances", (5.5, 3), bars)
+    plot("6_distances", (5.5, 3), draw)
 
 
 def branches(world, clips, n_updates=1500):
-    """A flow that learns s' = s + a², and where it carries the noise for one pair (s, s')."""
+    """A flow that learns s' = s + a², and the paths from noise to action for one pair (s, s')."""
     torch.manual_seed(0)
     s, a = torch.randn(20000, 1), torch.randn(20000, 1, 1)
     flow = FlowInverseDynamics(1, 1)
@@ -557,69 +814,109 @@ def branches(world, clips, n_updates=1500):
         flow(s[batch], a[batch], s[batch] + a[batch, 0] ** 2).backward()
         optimizer.step()
         optimizer.zero_grad()
-    path = flow.path(torch.zeros(200, 1), torch.ones(200, 1), torch.randn(200, 1, 1))[..., 0, 0]  # (101, 200)
-    path = path * flow.action_std + flow.action_mean
+    path = flow.path(torch.zeros(200, 1), torch.ones(200, 1), torch.randn(200, 1, 1))
+    path = path[..., 0, 0] * flow.action_std + flow.action_mean  # (101, 200)
 
     def draw(axes):
         axes.plot(torch.linspace(0, 1, len(path)), path, "C0", alpha=0.2, linewidth=0.8)
-        axes.axhline(0, color="C1", linestyle="--", label="what a regression learns")
+        axes.axhline(0, color="C1", linestyle="--", label="prediction of a regression")
         axes.set(xlabel="τ: from noise (0) to action (1)", ylabel="action")
         axes.legend(frameon=False)
 
     plot("6_branches", (5, 3), draw)
-    return {"branches/median_distance": float((path[-1].abs() - 1).abs().median()), "branches/upper_share": float((path[-1] > 0).float().mean())}
+    return {
+        "branches/median_distance": float((path[-1].abs() - 1).abs().median()),
+        "branches/upper_share": float((path[-1] > 0).float().mean()),
+    }
 
 
 def peeking(world, clips):
-    """Which pictures a feature, and a prediction, can know of: by gradient, with random weights."""
+    """Which frames influence a feature and a prediction: by gradient, with random weights."""
     torch.manual_seed(0)
     encoder, predictor = Encoder(32, 24, 2, 2), ActionPredictor(2, 24, 13, 24, 2, 2)
     for weight in [*encoder.parameters(), *predictor.parameters()]:
         torch.nn.init.normal_(weight, std=0.2)
     video = torch.randn(1, 8, 3, 32, 32, requires_grad=True)  # four tubelets
     alone = encoder.each_tubelet(video)
-    outputs = {"clip encoded at once": encoder(video).view(1, 4, 4, 24), "each tubelet alone": alone, "prediction of the next": predictor(alone, torch.randn(1, 4, 13), torch.randn(1, 4, 2))}
+    outputs = {
+        "clip encoded at once": encoder(video).view(1, 4, 4, 24),
+        "each tubelet alone": alone,
+        "prediction of the next": predictor(alone, torch.randn(1, 4, 13), torch.randn(1, 4, 2)),
+    }
+
+    def seen_by(output):
+        """Boolean (4,): which tubelets have a gradient."""
+        (gradient,) = torch.autograd.grad(output.square().sum(), video, retain_graph=True)
+        return gradient.abs().view(4, -1).amax(1) > 0
 
     def draw(axes):
-        for ax, (name, out) in zip(axes, outputs.items()):
-            seen = [torch.autograd.grad(out[0, t].square().sum(), video, retain_graph=True)[0].abs().view(4, -1).amax(1) > 0 for t in range(4)]
-            ax.imshow(torch.stack(seen), cmap="Blues", vmin=0, vmax=1.5)
+        for ax, (name, out) in zip(axes, outputs.items(), strict=True):
+            seen = torch.stack([seen_by(out[0, t]) for t in range(4)])
+            ax.imshow(seen, cmap="Blues", vmin=0, vmax=1.5)
             first = 2 if "next" in name else 1
-            ax.set(title=name, xlabel="pictures of tubelet", xticks=range(4), xticklabels=range(1, 5), yticks=range(4), yticklabels=range(first, first + 4))
+            ax.set(title=name, xlabel="frames of tubelet")
+            ax.set(xticks=range(4), xticklabels=range(1, 5))
+            ax.set(yticks=range(4), yticklabels=range(first, first + 4))
         axes[0].set_ylabel("features of tubelet")
 
     plot("7_peeking", (8, 2.8), draw, ncols=3)
     return {}
 
 
-# --- the text ----------------------------------------------------------------------------------------------------
-CITED = re.compile(r"(−?[\d,]*\.?\d+)<!--([\w./-]+):([^>]+?)( x100)?-->")  # 0.41<!--ablation:lam/nmi-->: the number of that name in results/ablation.json
+# --- the text --------------------------------------------------------------------------------
+# 0.41<!--ablation:lam/nmi--> is the number of that name in docs/results/ablation.json
+CITED = re.compile(r"(−?[\d,]*\.?\d+)<!--([\w./-]+):([^>]+?)( x100)?-->")
 
 
-def shown(match):
-    """A number as the result files have it now, written with as many decimals as it stands in the text."""
+def shown(match: re.Match) -> str:
+    """The current number from the result files, with as many decimals as it has in the text."""
     number, file, name, percent = match.groups()
     value = results(file)[name] * (100 if percent else 1)
     return f"{value:,.{len(number.partition('.')[2])}f}".replace("-", "−")
 
 
-def update_text():
+def update_text() -> None:
+    def replaced(match):
+        return shown(match) + match[0][len(match[1]) :]
+
     for path in sorted((ROOT / "articles").glob("*.md")):
         text = path.read_text(encoding="utf-8")
-        path.write_text(CITED.sub(lambda match: shown(match) + match[0][len(match[1]) :], text), encoding="utf-8")
+        path.write_text(CITED.sub(replaced, text), encoding="utf-8")
 
 
 PICTURES = (
-    keys, reconstruction, straight_through, codebook, attention, rotary, actions, movement, agreement, choices, collapse, masking, modulation, decoding, passes, rollout,
-    blind_spots, frechet, control, cache_work, branches, peeking,
-)  # fmt: skip
+    keys,
+    reconstruction,
+    straight_through,
+    codebook,
+    attention,
+    rotary,
+    actions,
+    movement,
+    agreement,
+    choices,
+    collapse,
+    masking,
+    modulation,
+    decoding,
+    passes,
+    rollout,
+    blind_spots,
+    frechet,
+    control,
+    cache_work,
+    branches,
+    peeking,
+)
 TRAIN = (straight_through, attention, collapse, branches, peeking)  # these need gradients
 
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("--frames", type=int, default=6000, help="of the game that is recorded for the pictures [6000]")
-    parser.add_argument("--measure", action="store_true", help="also measure single products, for the roofline")
+    help = "frames to record for the pictures [6000]"
+    parser.add_argument("--frames", type=int, default=6000, help=help)
+    help = "also measure single products, for the roofline"
+    parser.add_argument("--measure", action="store_true", help=help)
     args = parser.parse_args(argv)
     began = time.perf_counter()
     make_folder(OUT)
@@ -634,17 +931,21 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/doom-maze.h5"
         record.main(["doom-maze", "--frames", str(args.frames), "--seed", "3000", "--out", path])
-        clips = Clips(open_footage(Namespace(data_path=path, data_type="h5", use_dummy_data=False, frame_size=64)), "val", 8, val_fraction=0.9)
-        world = WorldModel.load(WORLD, **SAMPLING)  # as numbers are measured
+        clips = Clips(open_dataset(path, "h5"), "val", 8, val_fraction=0.9)
+        world = load_world(WORLD, **SAMPLING)  # sampled as for measured numbers
         for picture in PICTURES:
             with torch.set_grad_enabled(picture in TRAIN):
                 numbers |= picture(world, clips)
-    made = {"device": describe_device(), "commit": git_commit(), "command": "python articles/figures.py"}
     bench = results("bench")
-    numbers["bfloat16_over_float32"] = bench["ceiling/bfloat16_gflops"] / bench["ceiling/float32_gflops"]
-    NUMBERS.write_text(json.dumps(numbers | made, indent=1) + "\n")
+    ratio = bench["ceiling/bfloat16_gflops"] / bench["ceiling/float32_gflops"]
+    numbers["bfloat16_over_float32"] = ratio
+    numbers["device"] = describe_device()
+    numbers["commit"] = git_commit()
+    numbers["command"] = "python -m articles.figures"
+    NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
     update_text()
-    print(f"{OUT.relative_to(ROOT)} and {NUMBERS.relative_to(ROOT)}: {(time.perf_counter() - began) / 60:.1f} minutes")
+    minutes = (time.perf_counter() - began) / 60
+    print(f"{OUT.relative_to(ROOT)} and {NUMBERS.relative_to(ROOT)}: {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":

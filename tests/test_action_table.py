@@ -1,13 +1,16 @@
 import json
+from pathlib import Path
+
+from utils.checkpoint import load_checkpoint, load_world
+from utils.cli import CheckpointError
+from utils.hardening.fit import read_action_table
 
 import numpy as np
 import pytest
 
-from action_table import describe_motion, label_of, optical_flow
 from data_utils import dummy_world
-from game import arrow_actions, idle_action, key_table
-from models.checkpoint import CheckpointError
-from models.world_model import WorldModel, read_action_table
+from evaluation.action_table import describe_motion, label_of, optical_flow
+from player.session import arrow_actions, idle_action, key_table
 
 
 def motion_in_dummy_world(action):
@@ -17,12 +20,14 @@ def motion_in_dummy_world(action):
 
 
 def test_a_moving_camera_is_named_by_where_it_goes():
-    for action, direction in enumerate(["", "left", "right", "up", "down"]):  # the field scrolls 2 pixels as told
+    # the field scrolls 2 pixels as told
+    for action, direction in enumerate(["", "left", "right", "up", "down"]):
         motion = motion_in_dummy_world(action)
         assert motion["direction"] == direction
         if direction:
             assert motion["moves"] == "view" and 1.5 < motion["pixels"] < 2.5
-    assert label_of(motion_in_dummy_world(0)) == "still" and label_of(motion_in_dummy_world(1)).startswith("← view left ")
+    assert label_of(motion_in_dummy_world(0)) == "still"
+    assert label_of(motion_in_dummy_world(1)).startswith("← view left ")
 
 
 def test_a_moving_thing_is_named_by_where_it_goes_and_coming_closer_is_forward():
@@ -33,22 +38,27 @@ def test_a_moving_thing_is_named_by_where_it_goes_and_coming_closer_is_forward()
     forward = np.stack([x, y], axis=-1)[None] * 0.1
     assert describe_motion(np.repeat(forward, 5, axis=0))["direction"] == "forward"
     assert describe_motion(np.repeat(-forward, 5, axis=0))["direction"] == "back"
-    flows[::2] *= -1  # as often down: nothing common to say
+    flows[::2] *= -1  # as often down: no common direction
     assert describe_motion(flows)["direction"] == ""
 
 
 def test_train_lam_writes_the_legend_that_play_shows(world_dir, tmp_path):
-    table = json.loads(open(f"{world_dir}/actions.json", encoding="utf-8").read())
+    table = json.loads(Path(world_dir, "actions.json").read_text(encoding="utf-8"))
     rows = table["actions"]
-    assert [row["action"] for row in rows] == list(range(8)) and abs(sum(row["share"] for row in rows) - 1) < 1e-3
-    assert {"left", "right", "up", "down"} <= {row["direction"] for row in rows}  # all ways of the dummy world were found
-    world = WorldModel.load(world_dir)
+    assert [row["action"] for row in rows] == list(range(8))
+    assert abs(sum(row["share"] for row in rows) - 1) < 1e-3
+    # all ways of the dummy world were found
+    assert {"left", "right", "up", "down"} <= {row["direction"] for row in rows}
+    world = load_world(world_dir)
     for arrow, action in arrow_actions(world).items():
-        assert rows[action]["direction"] == arrow and f"{rows[action]['label']}  (arrow {arrow})" in key_table(world)[action]
+        assert rows[action]["direction"] == arrow
+        assert f"{rows[action]['label']}  (arrow {arrow})" in key_table(world)[action]
     assert rows[idle_action(world)]["label"] == "still"
     (tmp_path / "actions.json").write_text(json.dumps(table))
-    assert read_action_table(tmp_path / "actions.json", "another LAM") == []
-    assert len(read_action_table(tmp_path / "actions.json", table["lam"])) == 8
+    lam = load_checkpoint(Path(world_dir, "lam.pt"), "lam")
+    another = lam | {"model": {name: weight + 1 for name, weight in lam["model"].items()}}
+    assert read_action_table(tmp_path / "actions.json", another) == []
+    assert len(read_action_table(tmp_path / "actions.json", lam)) == 8
     (tmp_path / "actions.json").write_text('{"actions": [1]}')
     with pytest.raises(CheckpointError, match="actions.json is not an action table"):
-        read_action_table(tmp_path / "actions.json", "x")
+        read_action_table(tmp_path / "actions.json", lam)

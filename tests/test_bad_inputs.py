@@ -1,5 +1,11 @@
-"""Inputs that are broken, hostile or odd. Each gets one line that names the value and the remedy; nothing is run, and no memory is spent."""
+"""Inputs that are broken, hostile or odd.
+
+Each gets one line that names the value and the remedy. No code of theirs is run, and they take no
+more memory than a sound file would.
+"""
+
 import base64
+import hashlib
 import io
 import json
 import math
@@ -10,6 +16,17 @@ import wave
 import zipfile
 from copy import deepcopy
 
+from config import LatentActionConfig, parse_config
+from utils.checkpoint import (
+    build_model,
+    fingerprint,
+    load_checkpoint,
+    load_world,
+    save_checkpoint,
+)
+from utils.cli import CheckpointError, UserError
+from utils.hardening.files import MARK
+
 import cv2
 import h5py
 import numpy as np
@@ -18,26 +35,32 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_checkpoint import saved
-from test_data_utils import film, options, write_video
+from test_data_utils import film, open_small, write_video
 
-from config import LatentActionConfig, UserError, parse_config
-from data_utils import Clips, open_footage
+from data_utils import Clips
 from extras.vjepa_ac.vpt import Problems, Ticks, find_shards, recordings
-from game import Game, read_run
-from models.checkpoint import MARK, CheckpointError, build_model, fingerprint, hashlib, load_checkpoint, save_checkpoint
-from models.world_model import WorldModel
+from player.session import Session, read_run
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 40))
-fuzz = settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize="FUZZ_EXAMPLES" not in os.environ, suppress_health_check=list(HealthCheck))
+fuzz = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 def world_files():
     """The checkpoints of a small world that has learned nothing."""
     files = {stage: saved(stage) for stage in ("tokenizer", "lam", "dynamics")}
     files["dynamics"] |= dict(
-        inputs={stage: fingerprint(files[stage]) for stage in ("tokenizer", "lam")}, config=dict(steps=2, temperature=0.0), fps=15.0,
-        start_frames=torch.zeros(2, 3, 16, 16, 3, dtype=torch.uint8), action_names=None,
-    )  # fmt: skip
+        inputs={stage: fingerprint(files[stage]) for stage in ("tokenizer", "lam")},
+        config=dict(steps=2, temperature=0.0),
+        fps=15.0,
+        start_frames=torch.zeros(2, 3, 16, 16, 3, dtype=torch.uint8),
+        action_names=None,
+    )
     return files
 
 
@@ -46,7 +69,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     for stage, checkpoint in world_files().items():
         save_checkpoint(folder / f"{stage}.pt", checkpoint)
-    return WorldModel.load(folder)
+    return load_world(folder)
 
 
 def one_line(error):
@@ -54,9 +77,9 @@ def one_line(error):
     return str(error)
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------
 def sealed(content):
-    """Bytes with a right checksum: what somebody would send who means harm."""
+    """Bytes with a right checksum, as an attacker would make them."""
     return content + MARK + hashlib.sha256(content).digest()
 
 
@@ -130,15 +153,37 @@ RAW = {  # the bytes of dynamics.pt
     "empty": (lambda whole: b"", "does not end with a checksum"),
     "text": (lambda whole: b"hello", "does not end with a checksum"),
     "half": (lambda whole: whole[: len(whole) // 2], "does not end with a checksum"),
-    "a bit flipped": (lambda whole: whole[:5000] + bytes([whole[5000] ^ 4]) + whole[5001:], "its checksum is wrong"),
+    "a bit flipped": (
+        lambda whole: whole[:5000] + bytes([whole[5000] ^ 4]) + whole[5001:],
+        "its checksum is wrong",
+    ),
     "no checksum": (lambda whole: whole[:-40], "does not end with a checksum"),
     "more behind it": (lambda whole: whole + b"x", "does not end with a checksum"),
-    "a pickle": (lambda whole: sealed(pickle.dumps(Malicious())), "not a checkpoint of this project"),
-    "a hostile pickle": (lambda whole: sealed(torch_file({"stage": "dynamics", "model_args": {}, "model": Malicious()})), "holds more than numbers and names"),
-    "a greedy pickle": (lambda whole: sealed(torch_file({"stage": "dynamics", "model_args": {}, "model": Greedy()})), "holds more than numbers and names"),
-    "a whole module": (lambda whole: sealed(torch_file(torch.nn.Linear(2, 2))), "holds more than numbers and names"),
+    "a pickle": (
+        lambda whole: sealed(pickle.dumps(Malicious())),
+        "not a checkpoint of this project",
+    ),
+    "a hostile pickle": (
+        lambda whole: sealed(
+            torch_file({"stage": "dynamics", "model_args": {}, "model": Malicious()})
+        ),
+        "holds more than numbers and names",
+    ),
+    "a greedy pickle": (
+        lambda whole: sealed(
+            torch_file({"stage": "dynamics", "model_args": {}, "model": Greedy()})
+        ),
+        "holds more than numbers and names",
+    ),
+    "a whole module": (
+        lambda whole: sealed(torch_file(torch.nn.Linear(2, 2))),
+        "holds more than numbers and names",
+    ),
     "a zip bomb": (lambda whole: sealed(bomb()), "would unpack to more than it is"),
-    "a tensor": (lambda whole: sealed(torch_file(torch.zeros(3))), "not a checkpoint of this project"),
+    "a tensor": (
+        lambda whole: sealed(torch_file(torch.zeros(3))),
+        "not a checkpoint of this project",
+    ),
     "a list": (lambda whole: sealed(torch_file([1, 2])), "not a checkpoint of this project"),
 }
 CHANGED = {  # of a sound dynamics.pt
@@ -152,11 +197,23 @@ CHANGED = {  # of a sound dynamics.pt
     "a complex weight": (first_weight(lambda w: w.to(torch.complex64)), "is no weight"),
     "a weight that is a text": (first_weight(lambda w: "zero"), "is no weight"),
     "a sparse weight": (first_weight(lambda w: w.to_sparse()), "holds more than numbers and names"),
-    "a weight without storage": (first_weight(lambda w: torch.empty(w.shape, device="meta")), "holds more than numbers and names"),
-    "a weight that claims terabytes": (first_weight(lambda w: torch.zeros(1).expand(1 << 20, 1 << 20)), "claim more than is stored"),
+    "a weight without storage": (
+        first_weight(lambda w: torch.empty(w.shape, device="meta")),
+        "holds more than numbers and names",
+    ),
+    "a weight that claims terabytes": (
+        first_weight(lambda w: torch.zeros(1).expand(1 << 20, 1 << 20)),
+        "claim more than is stored",
+    ),
     "weights that share one storage": (views, "claim more than is stored"),
-    "a weight too many": (put("model", "more", torch.zeros(2)), "do not fit the sizes .*more|do not fit the sizes"),
-    "a weight of another shape": (first_weight(lambda w: torch.zeros(3, 3)), "do not fit the sizes"),
+    "a weight too many": (
+        put("model", "more", torch.zeros(2)),
+        "do not fit the sizes .*more|do not fit the sizes",
+    ),
+    "a weight of another shape": (
+        first_weight(lambda w: torch.zeros(3, 3)),
+        "do not fit the sizes",
+    ),
     "a negative size": (put("model_args", "embed_dim", -32), "embed_dim is -32"),
     "a huge size": (put("model_args", "embed_dim", 10**12), "embed_dim is 1000000000000"),
     "a huge size that may be": (put("model_args", "hidden_dim", 65536), "do not fit the sizes"),
@@ -174,15 +231,27 @@ CHANGED = {  # of a sound dynamics.pt
     "a grid of nothing": (put("model_args", "grid", [0, 0]), "do not fit the sizes"),
     "fps not a number": (put("fps", math.nan), "fps is nan"),
     "fps as text": (put("fps", "fast"), "fps is of the type str"),
-    "first frames of floats": (put("start_frames", torch.zeros(2, 3, 16, 16, 3)), "start_frames are no frames"),
-    "no first frames": (put("start_frames", torch.zeros(0, 3, 16, 16, 3, dtype=torch.uint8)), "start_frames are no frames"),
-    "first frames of another size": (put("start_frames", torch.zeros(2, 3, 8, 8, 3, dtype=torch.uint8)), r"first frames of \[8, 8\], the tokenizer is for \[16, 16\]"),
+    "first frames of floats": (
+        put("start_frames", torch.zeros(2, 3, 16, 16, 3)),
+        "start_frames are no frames",
+    ),
+    "no first frames": (
+        put("start_frames", torch.zeros(0, 3, 16, 16, 3, dtype=torch.uint8)),
+        "start_frames are no frames",
+    ),
+    "first frames of another size": (
+        put("start_frames", torch.zeros(2, 3, 8, 8, 3, dtype=torch.uint8)),
+        r"first frames of \[8, 8\], the tokenizer is for \[16, 16\]",
+    ),
     "more names than actions": (put("action_names", list("abcdefg")), "names 7 actions but has 4"),
     "names that are numbers": (put("action_names", [1, 2]), "names 2 actions"),
     "a billion passes": (put("config", "steps", 10**9), "steps 1000000000"),
     "an infinite temperature": (put("config", "temperature", math.inf), "temperature inf"),
     "no settings": (without("config"), "has no config"),
-    "of another tokenizer": (put("inputs", "tokenizer", "00000000"), "trained with tokenizer weights '00000000'"),
+    "of another tokenizer": (
+        put("inputs", "tokenizer", "00000000"),
+        "trained with tokenizer weights '00000000'",
+    ),
     "it holds itself": (holds_itself, "a lamb checkpoint"),
 }
 
@@ -200,31 +269,39 @@ def test_bad_checkpoints(tmp_path, monkeypatch, name):
     if name in RAW:
         path.write_bytes(change(path.read_bytes()))
     with pytest.raises(CheckpointError, match=message) as error:
-        WorldModel.load(tmp_path)
+        load_world(tmp_path)
     one_line(error.value)
     assert not os.path.exists("world-model-was-here")
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", '{"lam": 1}', '{"actions": [{"action": 0}]}', '{"lam": "x", "actions": [{"action": 0, "label": "x", "share": "all", "direction": "", "moves": ""}]}', "[" * 100_000],
-)
+BAD_ROW = {"action": 0, "label": "x", "share": "all", "direction": "", "moves": ""}
+TABLES = ["", "{", "[]", '{"lam": 1}', '{"actions": [{"action": 0}]}', "[" * 100_000]
+TABLES += [json.dumps({"lam": "x", "actions": [BAD_ROW]})]
+
+
+@pytest.mark.parametrize("text", TABLES)
 def test_bad_action_tables(world, tmp_path, text):
     for stage, checkpoint in world_files().items():
         save_checkpoint(tmp_path / f"{stage}.pt", checkpoint)
     (tmp_path / "actions.json").write_text(text)
-    with pytest.raises(CheckpointError, match="actions.json is not an action table; mend it, or remove it") as error:
-        WorldModel.load(tmp_path)
+    message = "actions.json is not an action table; mend it, or remove it"
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_world(tmp_path)
     one_line(error.value)
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x, max_size=4)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x, max_size=4),
 )
 
 
 @fuzz
-@given(stage=st.sampled_from(["tokenizer", "lam", "dynamics"]), name=st.sampled_from(sorted(saved("lam")["model_args"]) + ["levels", "grid"]), value=values)
+@given(
+    stage=st.sampled_from(["tokenizer", "lam", "dynamics"]),
+    name=st.sampled_from(sorted(saved("lam")["model_args"]) + ["levels", "grid"]),
+    value=values,
+)
 def test_fuzz_checkpoint_sizes(tmp_path_factory, stage, name, value):
     checkpoint = saved(stage)
     checkpoint["model_args"][name] = value
@@ -237,9 +314,16 @@ def test_fuzz_checkpoint_sizes(tmp_path_factory, stage, name, value):
 
 
 @fuzz
-@given(places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8))
+@given(
+    places=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8
+    )
+)
 def test_fuzz_checkpoint_bytes(tmp_path_factory, places):
-    """Damage under a right checksum reaches zip, pickle and weights; no way leads past a CheckpointError."""
+    """Damage under a right checksum reaches zip, pickle and weights.
+
+    Nothing but a CheckpointError may come of it.
+    """
     content = bytearray(torch_file(saved("dynamics")))
     for place, byte in places:
         content[int(place**4 * len(content))] = byte  # mostly in front, where the pickle is
@@ -251,7 +335,7 @@ def test_fuzz_checkpoint_bytes(tmp_path_factory, places):
         one_line(error)
 
 
-# --- footage -----------------------------------------------------------------------------------------------------
+# --- videos and HDF5 files -------------------------------------------------------------------
 def h5(**datasets):
     """An HDF5 file with datasets, and attributes where the name begins with an underscore."""
 
@@ -277,14 +361,26 @@ def never_written(path):
 
 def one_chunk(path):
     with h5py.File(path, "w") as file:
-        file.create_dataset("frames", (20, 8, 8, 3), "uint8", chunks=(4_000_000, 8, 8, 3), maxshape=(None, 8, 8, 3), compression="gzip")
+        file.create_dataset(
+            "frames",
+            (20, 8, 8, 3),
+            "uint8",
+            chunks=(4_000_000, 8, 8, 3),
+            maxshape=(None, 8, 8, 3),
+            compression="gzip",
+        )
         file["frames"].id.write_direct_chunk((0, 0, 0, 0), bytes(1_000_000))
 
 
 def elsewhere(path):
     (path.parent / "secret").write_bytes(bytes(20 * 8 * 8 * 3))
     with h5py.File(path, "w") as file:
-        file.create_dataset("frames", (20, 8, 8, 3), "uint8", external=[(str(path.parent / "secret"), 0, 20 * 8 * 8 * 3)])
+        file.create_dataset(
+            "frames",
+            (20, 8, 8, 3),
+            "uint8",
+            external=[(str(path.parent / "secret"), 0, 20 * 8 * 8 * 3)],
+        )
 
 
 def virtual(path):
@@ -299,7 +395,11 @@ def link(kind):
     def write(path):
         h5(frames=frames(20, 8, 8, 3))(path.parent / "other.h5")
         with h5py.File(path, "w") as file:
-            file["frames"] = h5py.ExternalLink("other.h5", "/frames") if kind == "external" else h5py.SoftLink("/there")
+            links = {
+                "external": h5py.ExternalLink("other.h5", "/frames"),
+                "soft": h5py.SoftLink("/there"),
+            }
+            file["frames"] = links[kind]
 
     return write
 
@@ -339,10 +439,16 @@ def sound_only(path):
         file.writeframes(bytes(16000))
 
 
-FOOTAGE = {  # name of the file, how it is written, what is said
+CANVAS = b"GIF89a\x80>\x80>\x80\x00\x00\x00\x00\x00\xff\xff\xff,\x00\x00\x00\x00\x01\x00\x01"
+CANVAS += b"\x00\x00\x02\x02D\x01\x00;"
+DATASETS = {  # name of the file, how it is written, what is said
     "text": ("x.h5", content(b"hello"), "neither a video .* nor a readable HDF5 file"),
     "nothing": ("x.h5", content(b""), "neither a video .* nor a readable HDF5 file"),
-    "an HDF5 file cut short": ("x.h5", cut(h5(frames=frames(50, 16, 16, 3))), "neither a video .* nor a readable HDF5 file"),
+    "an HDF5 file cut short": (
+        "x.h5",
+        cut(h5(frames=frames(50, 16, 16, 3))),
+        "neither a video .* nor a readable HDF5 file",
+    ),
     "a damaged block": ("x.h5", bad_block, "is damaged: not all of it can be read"),
     "no frames": ("x.h5", h5(pictures=frames(5, 8, 8, 3)), r"only \['pictures'\]"),
     "a group of frames": ("x.h5", group, "must hold a dataset `frames`"),
@@ -352,44 +458,100 @@ FOOTAGE = {  # name of the file, how it is written, what is said
     "channels first": ("x.h5", h5(frames=frames(5, 3, 8, 8)), r"has uint8 \(5, 3, 8, 8\)"),
     "a single number": ("x.h5", h5(frames=np.uint8(3)), r"has uint8 \(\)"),
     "zero frames": ("x.h5", h5(frames=frames(0, 8, 8, 3)), r"frames of the shape \(0, 8, 8, 3\)"),
-    "frames of no width": ("x.h5", h5(frames=frames(5, 8, 0, 3)), r"frames of the shape \(5, 8, 0, 3\)"),
-    "frames too wide": ("x.h5", h5(frames=frames(1, 1, 10_000, 3)), r"each side must have 1 … 8,192 pixels"),
-    "terabytes that were never written": ("x.h5", never_written, "would unpack to 1,228,800,000,000 bytes, but 0 are stored"),
-    "a chunk that unpacks to gigabytes": ("x.h5", one_chunk, r"would unpack to 768,000,000 bytes, but [\d,]+ are stored"),
+    "frames of no width": (
+        "x.h5",
+        h5(frames=frames(5, 8, 0, 3)),
+        r"frames of the shape \(5, 8, 0, 3\)",
+    ),
+    "frames too wide": (
+        "x.h5",
+        h5(frames=frames(1, 1, 10_000, 3)),
+        r"each side must have 1 … 8,192 pixels",
+    ),
+    "terabytes that were never written": (
+        "x.h5",
+        never_written,
+        "would unpack to 1,228,800,000,000 bytes, but 0 are stored",
+    ),
+    "a chunk that unpacks to gigabytes": (
+        "x.h5",
+        one_chunk,
+        r"would unpack to 768,000,000 bytes, but [\d,]+ are stored",
+    ),
     "frames in another file": ("x.h5", elsewhere, "takes its data from another file"),
     "frames made up of other files": ("x.h5", virtual, "takes its data from another file"),
     "a link to another file": ("x.h5", link("external"), "is a link to elsewhere"),
     "a link to nowhere": ("x.h5", link("soft"), "is a link to elsewhere"),
-    "too few actions": ("x.h5", h5(frames=frames(5, 8, 8, 3), actions=np.zeros(3, int)), r"\(3,\) actions for 5 frames"),
-    "actions of floats": ("x.h5", h5(frames=frames(5, 8, 8, 3), actions=np.zeros(5)), "float64 .* one whole number per frame"),
-    "a negative action": ("x.h5", h5(frames=frames(2, 8, 8, 3), actions=np.array([0, -4])), "an action -4; number the actions from 0"),
-    "an endless list of actions": ("x.h5", h5(frames=frames(2, 8, 8, 3), actions=np.array([0, 2**40])), "an action 1099511627776; .* up to 1,023"),
-    "episodes that are texts": ("x.h5", h5(frames=frames(2, 8, 8, 3), episode_starts=["a", "b"]), "store a list of frame numbers"),
+    "too few actions": (
+        "x.h5",
+        h5(frames=frames(5, 8, 8, 3), actions=np.zeros(3, int)),
+        r"\(3,\) actions for 5 frames",
+    ),
+    "actions of floats": (
+        "x.h5",
+        h5(frames=frames(5, 8, 8, 3), actions=np.zeros(5)),
+        "float64 .* one whole number per frame",
+    ),
+    "a negative action": (
+        "x.h5",
+        h5(frames=frames(2, 8, 8, 3), actions=np.array([0, -4])),
+        "an action -4; number the actions from 0",
+    ),
+    "an endless list of actions": (
+        "x.h5",
+        h5(frames=frames(2, 8, 8, 3), actions=np.array([0, 2**40])),
+        "an action 1099511627776; .* up to 1,023",
+    ),
+    "episodes that are texts": (
+        "x.h5",
+        h5(frames=frames(2, 8, 8, 3), episode_starts=["a", "b"]),
+        "store a list of frame numbers",
+    ),
     "a text as a video": ("x.mp4", content(b"hello"), "none of the 1 videos can be read"),
     "an empty video": ("x.mp4", content(b""), "none of the 1 videos can be read"),
     "sound alone": ("x.avi", sound_only, "none of the 1 videos can be read"),
-    "a video cut short": ("x.avi", cut(lambda path: write_video(path, film(60))), "none of the 1 videos can be read"),
+    "a video cut short": (
+        "x.avi",
+        cut(lambda path: write_video(path, film(60))),
+        "none of the 1 videos can be read",
+    ),
     "a broken gif": ("x.gif", content(b"GIF89a" + bytes(50)), "none of the 1 videos can be read"),
-    "a list of other videos": ("x.mp4", content(b"ffconcat version 1.0\nfile 'other.avi'\n"), "none of the 1 videos can be read"),
-    "a canvas of 16,000 by 16,000": ("x.gif", content(b"GIF89a\x80>\x80>\x80\x00\x00\x00\x00\x00\xff\xff\xff,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;"), "none of the 1 videos can be read"),
-    "more episodes than frames": ("x.h5", h5(frames=frames(2, 8, 8, 3), episode_starts=np.arange(5)), "store a list of frame numbers"),
-    "a name too long": ("x" * 246 + ".avi", lambda path: write_video(path, film(20)), "cannot write .*[Nn]ame too long; choose a place and a name"),
+    "a list of other videos": (
+        "x.mp4",
+        content(b"ffconcat version 1.0\nfile 'other.avi'\n"),
+        "none of the 1 videos can be read",
+    ),
+    "a canvas of 16,000 by 16,000": (
+        "x.gif",
+        content(CANVAS),
+        "none of the 1 videos can be read",
+    ),
+    "more episodes than frames": (
+        "x.h5",
+        h5(frames=frames(2, 8, 8, 3), episode_starts=np.arange(5)),
+        "store a list of frame numbers",
+    ),
+    "a name too long": (
+        "x" * 246 + ".avi",
+        lambda path: write_video(path, film(20)),
+        "cannot write .*[Nn]ame too long; choose a place and a name",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", FOOTAGE)
-def test_bad_footage(tmp_path, capfd, name):
-    file, write, message = FOOTAGE[name]
+@pytest.mark.parametrize("name", DATASETS)
+def test_bad_datasets(tmp_path, capfd, name):
+    file, write, message = DATASETS[name]
     write(tmp_path / file)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=message) as error:
-        open_footage(options(tmp_path / file))
+        open_small(tmp_path / file)
     one_line(error.value)
     assert sorted(tmp_path.iterdir()) == before and "Traceback" not in capfd.readouterr().err
 
 
 def turned(path):
-    """An mp4 whose header asks to be shown turned by 90 degrees: the matrix of its track says so."""
+    """An mp4 whose header asks players to turn it by 90 degrees."""
     half = film(20)
     half[:, :, 32:] = 0  # bright on the left
     write_video(path, half)
@@ -397,45 +559,68 @@ def turned(path):
     at = content.index(b"tkhd") + 4 + 40  # the matrix of a track header of version 0
     matrix = np.frombuffer(content[at : at + 36], ">i4")
     assert list(matrix) == [65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30]
-    path.write_bytes(content[:at] + np.array([0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30], ">i4").tobytes() + content[at + 36 :])
+    quarter_turn = np.array([0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30], ">i4")
+    path.write_bytes(content[:at] + quarter_turn.tobytes() + content[at + 36 :])
 
 
 ODD = {
     "one pixel": ("x.h5", h5(frames=frames(40, 1, 1, 3)), (40, 1, 1, 3)),
-    "as large as a cinema's": ("x.avi", lambda path: write_video(path, film(3, (4320, 7680))), (3, 32, 32, 3)),
+    "as large as a cinema's": (
+        "x.avi",
+        lambda path: write_video(path, film(3, (4320, 7680))),
+        (3, 32, 32, 3),
+    ),
     "turned": ("x.mp4", turned, (20, 32, 32, 3)),
-    "letters of other scripts": ("фильм — 映画 🎬.mp4", lambda path: write_video(path, film(20)), (20, 32, 32, 3)),
+    "letters of other scripts": (
+        "фильм — 映画 🎬.mp4",
+        lambda path: write_video(path, film(20)),
+        (20, 32, 32, 3),
+    ),
     "a long name": ("x" * 230 + ".avi", lambda path: write_video(path, film(20)), (20, 32, 32, 3)),
-    "strange attributes": ("x.h5", h5(frames=frames(4, 8, 8, 3), _fps="fast", _action_names=7), (4, 8, 8, 3)),
+    "strange attributes": (
+        "x.h5",
+        h5(frames=frames(4, 8, 8, 3), _fps="fast", _action_names=7),
+        (4, 8, 8, 3),
+    ),
     "fps without sense": ("x.h5", h5(frames=frames(4, 8, 8, 3), _fps=-math.inf), (4, 8, 8, 3)),
-    "episodes beyond the end": ("x.h5", h5(frames=frames(40, 8, 8, 3), episode_starts=np.array([-5, 3, 2**62])), (40, 8, 8, 3)),
+    "episodes beyond the end": (
+        "x.h5",
+        h5(frames=frames(40, 8, 8, 3), episode_starts=np.array([-5, 3, 2**62])),
+        (40, 8, 8, 3),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_footage_that_is_no_error(tmp_path, name):
+def test_odd_datasets_that_are_no_error(tmp_path, name):
     file, write, shape = ODD[name]
     write(tmp_path / file)
-    footage = open_footage(options(tmp_path / file))
+    dataset = open_small(tmp_path / file)
     if name == "turned":  # what was left is above now
-        assert footage.frames[-1, :8].mean() > footage.frames[-1, -8:].mean() + 50
-    assert footage.frames.shape == shape and footage.fps > 0
-    if len(footage.frames) == 40:
-        Clips(footage, "train", 4)
+        assert dataset.frames[-1, :8].mean() > dataset.frames[-1, -8:].mean() + 50
+    assert dataset.frames.shape == shape and dataset.fps > 0
+    if len(dataset.frames) == 40:
+        Clips(dataset, "train", 4)
 
 
 def test_videos_of_several_sizes_are_one_world(tmp_path):
     for i, size in enumerate([(48, 64), (64, 48), (2, 2), (360, 640)]):
         write_video(tmp_path / f"{i}.avi", film(10, size))
-    footage = open_footage(options(tmp_path))
-    assert footage.frames.shape == (40, 32, 32, 3) and list(footage.episode_starts) == [0, 10, 20, 30]
+    dataset = open_small(tmp_path)
+    assert dataset.frames.shape == (40, 32, 32, 3)
+    assert list(dataset.episode_starts) == [0, 10, 20, 30]
 
 
 @fuzz
 @given(
-    name=st.sampled_from(["frames", "actions", "episode_starts"]), kind=st.sampled_from(["u1", "i1", "i8", "u8", "f2", "f8", "?", "c8", "S3"]),
-    shape=st.lists(st.integers(0, 9), max_size=5), attributes=st.dictionaries(st.sampled_from(["fps", "action_names", "game"]), st.text(max_size=5) | st.floats() | st.integers(-9, 9)),
-)  # fmt: skip
+    name=st.sampled_from(["frames", "actions", "episode_starts"]),
+    kind=st.sampled_from(["u1", "i1", "i8", "u8", "f2", "f8", "?", "c8", "S3"]),
+    shape=st.lists(st.integers(0, 9), max_size=5),
+    attributes=st.dictionaries(
+        st.sampled_from(["fps", "action_names", "game"]),
+        st.text(max_size=5) | st.floats() | st.integers(-9, 9),
+    ),
+)
 def test_fuzz_hdf5(tmp_path_factory, name, kind, shape, attributes):
     path = tmp_path_factory.mktemp("x") / "x.h5"
     with h5py.File(path, "w") as file:
@@ -449,13 +634,17 @@ def test_fuzz_hdf5(tmp_path_factory, name, kind, shape, attributes):
             except (ValueError, TypeError):  # HDF5 has no such text
                 pass
     try:
-        Clips(open_footage(options(path)), "train", 2).batch(0)
+        Clips(open_small(path), "train", 2).batch(0)
     except UserError as error:
         one_line(error)
 
 
 @fuzz
-@given(places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8))
+@given(
+    places=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8
+    )
+)
 def test_fuzz_hdf5_bytes(tmp_path_factory, places):
     path = tmp_path_factory.mktemp("x") / "x.h5"
     h5(frames=frames(9, 8, 8, 3), actions=np.zeros(9, int), _fps=15.0)(path)
@@ -464,13 +653,18 @@ def test_fuzz_hdf5_bytes(tmp_path_factory, places):
         damaged[int(place * len(damaged))] = byte
     path.write_bytes(damaged)
     try:
-        Clips(open_footage(options(path)), "train", 2).batch(0)
+        Clips(open_small(path), "train", 2).batch(0)
     except UserError as error:
         one_line(error)
 
 
 @fuzz
-@given(places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=20), end=st.floats(0.1, 1))
+@given(
+    places=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=20
+    ),
+    end=st.floats(0.1, 1),
+)
 def test_fuzz_video(tmp_path_factory, places, end):
     folder = tmp_path_factory.mktemp("x")
     write_video(folder / "a.avi", film(10, (16, 16)))
@@ -478,15 +672,19 @@ def test_fuzz_video(tmp_path_factory, places, end):
     for place, byte in places:
         damaged[int(place * len(damaged))] = byte
     (folder / "b.avi").write_bytes(damaged[: int(end * len(damaged))])
-    footage = open_footage(options(folder))
-    assert footage.frames[:10].mean() > 0 and len(footage.episode_starts) in (1, 2)  # the sound one is there in any case
+    dataset = open_small(folder)
+    # the sound video is there in any case
+    assert dataset.frames[:10].mean() > 0 and len(dataset.episode_starts) in (1, 2)
 
 
-# --- recordings in VPT's form ------------------------------------------------------------------------------------
+# --- recordings in VPT's form ----------------------------------------------------------------
 def test_no_shards():
-    for given_, message in (([], "the list of shards is empty"), (["nowhere-*.tar"], "no shard is called nowhere")):
+    for shards, message in (
+        ([], "the list of shards is empty"),
+        (["nowhere-*.tar"], "no shard is called nowhere"),
+    ):
         with pytest.raises(UserError, match=message) as error:
-            find_shards(given_)
+            find_shards(shards)
         one_line(error.value)
 
 
@@ -500,15 +698,30 @@ def test_a_member_that_claims_to_be_huge_is_left_out(tmp_path, capsys):
 
 
 @fuzz
-@given(text=st.text() | st.lists(values, max_size=5).map(lambda lines: "\n".join(json.dumps(line) for line in lines)), key=st.sampled_from(["mouse", "keyboard", "hotbar", "yaw"]), value=values)
+@given(
+    text=st.text()
+    | st.lists(values, max_size=5).map(lambda lines: "\n".join(json.dumps(line) for line in lines)),
+    key=st.sampled_from(["mouse", "keyboard", "hotbar", "yaw"]),
+    value=values,
+)
 def test_fuzz_jsonl(text, key, value):
-    sound = {"mouse": {"dx": 1, "dy": 2, "buttons": [], "newButtons": []}, "keyboard": {"keys": []}, "hotbar": 0, "yaw": 0, "pitch": 0}
-    ticks = Ticks(text + "\n" + json.dumps(sound) + "\n" + json.dumps(sound | {key: value}) + "\n", "x", Problems(10**9))
+    sound = {
+        "mouse": {"dx": 1, "dy": 2, "buttons": [], "newButtons": []},
+        "keyboard": {"keys": []},
+        "hotbar": 0,
+        "yaw": 0,
+        "pitch": 0,
+    }
+    lines = [text, json.dumps(sound), json.dumps(sound | {key: value}), ""]
+    ticks = Ticks("\n".join(lines), "x", Problems(10**9))
     assert ticks.valid[-2] and np.isfinite(ticks.inputs).all() and np.isfinite(ticks.state).all()
 
 
 @fuzz
-@given(places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=9), end=st.floats(0, 1))
+@given(
+    places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=9),
+    end=st.floats(0, 1),
+)
 def test_fuzz_tar(tmp_path_factory, places, end):
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
@@ -526,34 +739,53 @@ def test_fuzz_tar(tmp_path_factory, places, end):
     assert len(found) <= 2 and (len(found) == 2 or problems.counts or places)
 
 
-# --- saved runs --------------------------------------------------------------------------------------------------
+# --- saved runs ------------------------------------------------------------------------------
 def a_run(world):
-    game = Game(world, world.start_frames.numpy(), 0)
-    game.press(1)
-    return game.record()
+    session = Session(world, world.start_frames.numpy(), 0)
+    session.press(1)
+    return session.to_json()
+
+
+NO_RUN = "not a run that this project saved"
+
+
+def with_values(**values):
+    return lambda run: run | values
 
 
 RUNS = {
-    "text": (lambda run: "hello", "not a run that this project saved"),
-    "a number": (lambda run: "3", "not a run that this project saved"),
-    "brackets": (lambda run: "[" * 100_000, "not a run that this project saved"),
-    "of something else": (lambda run: run | {"what": "a cake"}, "not a run that this project saved"),
-    "a part is missing": (lambda run: {k: v for k, v in run.items() if k != "clip"}, "not a run that this project saved"),
-    "actions of floats": (lambda run: run | {"actions": [0.5]}, "not a run that this project saved"),
-    "actions as text": (lambda run: run | {"actions": "0,1"}, "not a run that this project saved"),
-    "a negative seed": (lambda run: run | {"seed": -1}, "not a run that this project saved"),
-    "a million passes": (lambda run: run | {"steps": 10**6}, "not a run that this project saved"),
-    "a million threads": (lambda run: run | {"threads": 10**6}, "not a run that this project saved"),
-    "a temperature of nothing": (lambda run: run | {"temperature": None}, "not a run that this project saved"),
-    "a clip that is none": (lambda run: run | {"clip": "????"}, "not a run that this project saved"),
-    "a clip too short": (lambda run: run | {"clip": base64.b64encode(b"abc").decode()}, "not a run that this project saved"),
-    "a clip of a thousand frames": (lambda run: run | {"shape": [1000, 16, 16, 3], "clip": base64.b64encode(bytes(768_000)).decode()}, "not a run that this project saved"),
-    "a negative shape": (lambda run: run | {"shape": [-1, 16, 16, 3]}, "not a run that this project saved"),
-    "a shape of texts": (lambda run: run | {"shape": list("abcd")}, "not a run that this project saved"),
-    "of another world": (lambda run: run | {"world": "00000000"}, "was played in world 00000000, this is"),
-    "a world of escape codes": (lambda run: run | {"world": "\x1b[2J"}, r"was played in world"),
-    "an action that is not there": (lambda run: run | {"actions": [99]}, "frames or actions that this world does not know"),
-    "frames of another size": (lambda run: run | {"shape": [1, 48, 16, 3]}, "frames or actions that this world does not know"),
+    "text": (lambda run: "hello", NO_RUN),
+    "a number": (lambda run: "3", NO_RUN),
+    "brackets": (lambda run: "[" * 100_000, NO_RUN),
+    "of something else": (with_values(what="a cake"), NO_RUN),
+    "a part is missing": (lambda run: {k: v for k, v in run.items() if k != "clip"}, NO_RUN),
+    "actions of floats": (with_values(actions=[0.5]), NO_RUN),
+    "actions as text": (with_values(actions="0,1"), NO_RUN),
+    "a negative seed": (with_values(seed=-1), NO_RUN),
+    "a million passes": (with_values(steps=10**6), NO_RUN),
+    "a million threads": (with_values(threads=10**6), NO_RUN),
+    "a temperature of nothing": (with_values(temperature=None), NO_RUN),
+    "a clip that is none": (with_values(clip="????"), NO_RUN),
+    "a clip too short": (with_values(clip=base64.b64encode(b"abc").decode()), NO_RUN),
+    "a clip of a thousand frames": (
+        with_values(shape=[1000, 16, 16, 3], clip=base64.b64encode(bytes(768_000)).decode()),
+        NO_RUN,
+    ),
+    "a negative shape": (with_values(shape=[-1, 16, 16, 3]), NO_RUN),
+    "a shape of texts": (with_values(shape=list("abcd")), NO_RUN),
+    "of another world": (
+        with_values(world="00000000"),
+        "was played in world 00000000, this is",
+    ),
+    "a world of escape codes": (with_values(world="\x1b[2J"), "was played in world"),
+    "an action that is not there": (
+        with_values(actions=[99]),
+        "frames or actions that this world does not know",
+    ),
+    "frames of another size": (
+        with_values(shape=[1, 48, 16, 3]),
+        "frames or actions that this world does not know",
+    ),
 }
 
 
@@ -569,30 +801,43 @@ def test_bad_runs(world, tmp_path, name):
 
 
 @fuzz
-@given(name=st.sampled_from(["what", "world", "shape", "clip", "seed", "steps", "temperature", "actions", "threads", "half"]), value=values)
+@given(
+    name=st.sampled_from(
+        "what world shape clip seed steps temperature actions threads half".split()
+    ),
+    value=values,
+)
 def test_fuzz_runs(world, tmp_path_factory, name, value):
     path, threads = tmp_path_factory.mktemp("x") / "run.json", torch.get_num_threads()
     path.write_text(json.dumps(a_run(world) | {name: value}))
     try:
-        game, actions = read_run(path, world)
-        assert game.frame.shape == (16, 16, 3) and all(0 <= action < world.n_actions for action in actions)
+        session, actions = read_run(path, world)
+        assert session.frame.shape == (16, 16, 3)
+        assert all(0 <= action < world.n_actions for action in actions)
     except UserError as error:
         one_line(error)
     finally:
         torch.set_num_threads(threads)
 
 
-# --- the command line --------------------------------------------------------------------------------------------
+# --- the command line ------------------------------------------------------------------------
 @fuzz
-@given(name=st.sampled_from(["n-updates", "minutes", "batch-size", "context-length", "embed-dim", "n-heads", "learning-rate", "seed", "n-actions", "keep-rate", "max-skipped"]),
-       value=st.integers() | st.floats() | st.text(max_size=9))  # fmt: skip
+@given(
+    name=st.sampled_from(
+        "n-updates minutes batch-size context-length embed-dim n-heads learning-rate seed"
+        " n-actions keep-rate max-skipped".split()
+    ),
+    value=st.integers() | st.floats() | st.text(max_size=9),
+)
 def test_fuzz_options(name, value):
+    argv = ["--out", "x", "--device", "cpu", "--preset", "tiny", f"--{name}={value}"]
     try:
-        parse_config(LatentActionConfig, "lam", "", ["--out", "x", "--device", "cpu", "--preset", "tiny", f"--{name}={value}"])
+        parse_config(LatentActionConfig, "lam", "", argv)
     except UserError as error:
         one_line(error)
 
 
 def test_cv2_says_nothing_of_its_own(tmp_path, capfd):
     (tmp_path / "x.mp4").write_bytes(b"hello")
-    assert not cv2.VideoCapture(str(tmp_path / "x.mp4")).isOpened() and "moov" not in capfd.readouterr().err
+    assert not cv2.VideoCapture(str(tmp_path / "x.mp4")).isOpened()
+    assert "moov" not in capfd.readouterr().err

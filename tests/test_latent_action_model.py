@@ -1,15 +1,17 @@
+from utils.checkpoint import build_model, load_checkpoint
+
 import pytest
 import torch
 from conftest import SIZES, randomise
 
-import metrics
-from data_utils import Clips, Footage, dummy_world, to_float
-from models.checkpoint import build_model, load_checkpoint
+from data_utils import Clips, Dataset, dummy_world, to_float
+from evaluation import metrics
 from models.latent_action_model import MOVES, LatentActionModel
 
 
 def lam(**changes):
-    return randomise(LatentActionModel(**{**dict(frame_size=[16, 16], patch_size=8), **SIZES, **changes}))
+    sizes = dict(frame_size=[16, 16], patch_size=8, **SIZES)
+    return randomise(LatentActionModel(**sizes | changes))
 
 
 @pytest.mark.parametrize("encoder", ["matches", "pairs", "frames"])
@@ -28,11 +30,12 @@ def test_prediction_uses_the_past_and_the_right_action():
     actions = torch.ones(1, 5, 3)
     other = actions.clone()
     other[:, 3] = -1
-    difference = (model.decoder(frames, actions) - model.decoder(frames, other)).abs().amax(dim=(0, 2, 3, 4))
+    predicted = model.decoder(frames, actions)
+    difference = (predicted - model.decoder(frames, other)).abs().amax(dim=(0, 2, 3, 4))
     assert (difference[:3] < 1e-5).all() and (difference[3:] > 1e-4).all()
     changed = frames.clone()
     changed[:, 3] = -changed[:, 3]
-    difference = (model.decoder(frames, actions) - model.decoder(changed, actions)).abs().amax(dim=(0, 2, 3, 4))
+    difference = (predicted - model.decoder(changed, actions)).abs().amax(dim=(0, 2, 3, 4))
     assert (difference[:3] < 1e-5).all() and (difference[3:] > 1e-3).all()
 
 
@@ -43,37 +46,46 @@ def test_masking_keeps_the_first_frame():
     assert torch.equal(masked[:, 0], tokens[:, 0])
     assert (masked[:, 1:] == decoder.mask_token).all()
     assert torch.equal(lam(keep_rate=1.0).decoder.mask(tokens), tokens)
-    kept = (lam(keep_rate=0.5).decoder.mask(tokens.repeat(50, 1, 1, 1))[:, 1:] == tokens.repeat(50, 1, 1, 1)[:, 1:]).all(-1)
+    many = tokens.repeat(50, 1, 1, 1)
+    kept = (lam(keep_rate=0.5).decoder.mask(many)[:, 1:] == many[:, 1:]).all(-1)
     assert 0.4 < kept.float().mean() < 0.6
 
 
 @pytest.mark.parametrize("decoder, sees", [("frame", False), ("warp", True)])
-def test_without_history_only_what_is_drawn_anew_forgets_the_last_frame(decoder, sees):
+def test_without_history_only_the_decoder_that_draws_from_nothing_forgets_the_last_frame(
+    decoder, sees
+):
     model, frames = lam(keep_rate=0.0, decoder=decoder), torch.rand(1, 4, 3, 16, 16) * 2 - 1
     changed = frames.clone()
     changed[:, 2] = -changed[:, 2]
-    difference = model.decoder(frames, torch.ones(1, 4, 3)) - model.decoder(changed, torch.ones(1, 4, 3))
+    actions = torch.ones(1, 4, 3)
+    difference = model.decoder(frames, actions) - model.decoder(changed, actions)
     assert (difference[:, 2].abs().max() > 1e-3) == sees
 
 
 def test_collapse_costs():
     model = lam(var_target=0.2, var_lambda=1.0, entropy_lambda=0.5)
     collapsed = model.collapse_penalty(torch.full((8, 4, 3), 0.9))
-    one_bit_thrice = model.collapse_penalty(torch.tensor([0.9, -0.9]).repeat(16).view(8, 4, 1).expand(8, 4, 3))
-    spread = model.collapse_penalty(0.9 * model.quantizer.indices_to_codes(torch.arange(32).view(8, 4) % 8))
+    one_bit = torch.tensor([0.9, -0.9]).repeat(16).view(8, 4, 1)
+    one_bit_thrice = model.collapse_penalty(one_bit.expand(8, 4, 3))
+    codes = model.quantizer.indices_to_codes(torch.arange(32).view(8, 4) % 8)
+    spread = model.collapse_penalty(0.9 * codes)
     assert spread < one_bit_thrice < collapsed
-    assert torch.allclose(spread, -0.5 * torch.tensor(8.0).log(), atol=1e-4)  # uniform over 8 codes, no variance missing
+    # uniform over 8 codes, and no variance is missing
+    assert torch.allclose(spread, -0.5 * torch.tensor(8.0).log(), atol=1e-4)
 
 
 def test_the_encoder_sees_where_a_patch_came_from():
     encoder, (world, _) = lam(frame_size=[64, 64]).encoder, dummy_world(2)
     first = torch.from_numpy(world[:1]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    frames = torch.stack([first, first.roll(3, -1), first.roll(3, -1).roll(-5, -2)], dim=1)  # to the right, then up
+    right = first.roll(3, -1)
+    frames = torch.stack([first, right, right.roll(-5, -2)], dim=1)  # to the right, then up
     mismatch = encoder.mismatch(frames)  # (1, 2, 64, 2·len(MOVES))
     across, down = mismatch.mean(dim=2)[0].unflatten(-1, (2, -1)).unbind(1)  # (2, len(MOVES)) each
     assert MOVES[across[0].argmin()] == 3 and MOVES[down[0].argmin()] == 0
     assert MOVES[across[1].argmin()] == 0 and MOVES[down[1].argmin()] == -5
-    assert (encoder.mismatch(torch.ones(1, 2, 3, 64, 64)) == 0).all()  # a flat patch fits everywhere
+    flat = torch.ones(1, 2, 3, 64, 64)
+    assert (encoder.mismatch(flat) == 0).all()  # a flat patch fits everywhere
 
 
 def test_the_decoder_can_move_a_patch():
@@ -82,7 +94,9 @@ def test_the_decoder_can_move_a_patch():
     moves = torch.full((1, 2, 16, 2 * len(MOVES)), -50.0)
     moves[..., MOVES.index(0)] = moves[..., len(MOVES) + MOVES.index(0)] = 0.0
     assert torch.allclose(decoder.warp(frames, moves), frames)
-    moves[0, 1, 5, MOVES.index(0)], moves[0, 1, 5, MOVES.index(3)] = -50.0, 0.0  # the second patch of the second row, to the right
+    # the second patch of the second row moves to the right
+    moves[0, 1, 5, MOVES.index(0)] = -50.0
+    moves[0, 1, 5, MOVES.index(3)] = 0.0
     moved = decoder.warp(frames, moves)
     assert torch.allclose(moved[0, 1, :, 8:16, 8:16], frames[0, 1, :, 8:16, 5:13])
     moved[0, 1, :, 8:16, 8:16] = frames[0, 1, :, 8:16, 8:16]
@@ -102,9 +116,10 @@ def test_n_actions_must_be_a_power_of_two(n_actions):
         lam(n_actions=n_actions)
 
 
-def test_it_discovers_the_buttons_of_the_dummy_world(world_dir):
+def test_it_discovers_the_true_actions_of_the_dummy_world(world_dir):
     model = build_model(load_checkpoint(f"{world_dir}/lam.pt", "lam"))
-    frames, buttons = Clips(Footage(*dummy_world(1000, seed=99)), "train", length=4).spread(100)  # other field, other walk
+    unseen = Dataset(*dummy_world(1000, seed=99))  # another field, other actions
+    frames, true_actions = Clips(unseen, "train", length=4).evenly_spaced(100)
     codes = model.infer(to_float(frames))
-    assert metrics.best_mapping_accuracy(codes, buttons) >= 0.8
+    assert metrics.best_mapping_accuracy(codes, true_actions) >= 0.8
     assert len(codes.unique()) >= 5

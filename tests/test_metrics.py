@@ -2,7 +2,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import metrics
+from evaluation import metrics
 
 RNG = np.random.default_rng(0)
 
@@ -38,13 +38,15 @@ def test_mutual_information():
 def test_best_mapping_accuracy():
     codes, actions = [0, 0, 0, 1, 1, 2], [5, 5, 1, 1, 1, 5]
     assert abs(metrics.best_mapping_accuracy(codes, actions) - 5 / 6) < 1e-9
-    assert metrics.best_mapping_accuracy(np.zeros(4, int), [0, 0, 0, 1]) == 0.75  # one code: the majority rate
+    # one code alone: the share of the most frequent action
+    assert metrics.best_mapping_accuracy(np.zeros(4, int), [0, 0, 0, 1]) == 0.75
 
 
 def test_consistency():
     still = torch.zeros(60, 3)
     still[::2] = torch.randn(30, 3) + 5
-    assert metrics.consistency(still, torch.arange(60) % 2, torch.arange(60))[0] == 1  # standing still is similar to standing still
+    # standing still is similar to standing still
+    assert metrics.consistency(still, torch.arange(60) % 2, torch.arange(60))[0] == 1
     kinds = torch.arange(60) % 3
     changes = F.one_hot(kinds, 3).float() + 0.01 * torch.randn(60, 3)
     same, chance = metrics.consistency(changes, kinds, torch.arange(60))
@@ -55,8 +57,10 @@ def test_consistency():
 def test_frechet_distance_of_gaussians():
     a = torch.randn(20_000, 3, dtype=torch.float64)
     assert abs(metrics.frechet_distance(a, a)) < 1e-9
-    assert abs(metrics.frechet_distance(a, a + torch.tensor([1.0, 2.0, 2.0])) - 9) < 1e-6  # |shift|²
-    assert abs(metrics.frechet_distance(a, 3 * a) - (2**2 * torch.cov(a.T).trace() + 4 * (a.mean(0) ** 2).sum())) < 1e-6
+    shift = torch.tensor([1.0, 2.0, 2.0])
+    assert abs(metrics.frechet_distance(a, a + shift) - 9) < 1e-6  # |shift|²
+    expected = 2**2 * torch.cov(a.T).trace() + 4 * (a.mean(0) ** 2).sum()
+    assert abs(metrics.frechet_distance(a, 3 * a) - expected) < 1e-6
     scale = torch.tensor([1.0, 2.0, 5.0])  # commuting covariances: sum (σa - σb)²
     b = torch.randn(20_000, 3, dtype=torch.float64) * scale
     assert abs(metrics.frechet_distance(a, b) - (0 + 1 + 16)) < 0.5
@@ -64,10 +68,17 @@ def test_frechet_distance_of_gaussians():
 
 def test_warnings_name_the_metric_and_a_flag():
     well = {
-        "tokenizer/perplexity": 200, "tokenizer/psnr_changing": 25.0, "tokenizer/copy_psnr_changing": 14.0, "lam/actions_used": 8,
-        "lam/n_actions": 8, "lam/largest_share": 0.3, "dynamics/delta_psnr_t4": 2.0,
-    }  # fmt: skip
-    assert metrics.warnings_of(well) == metrics.warnings_of({**well, "tokenizer/perplexity": 1.5}) == []  # Pong: all but empty
+        "tokenizer/perplexity": 200,
+        "tokenizer/psnr_changing": 25.0,
+        "tokenizer/copy_psnr_changing": 14.0,
+        "lam/actions_used": 8,
+        "lam/n_actions": 8,
+        "lam/largest_share": 0.3,
+        "dynamics/delta_psnr_t4": 2.0,
+    }
+    assert metrics.warnings_of(well) == []
+    nearly_empty = {**well, "tokenizer/perplexity": 1.5}  # Pong
+    assert metrics.warnings_of(nearly_empty) == []
     for name, value, flag in [
         ("tokenizer/perplexity", 1.0, "--learning-rate"),  # a dead codebook
         ("tokenizer/psnr_changing", 13.9, "--minutes"),

@@ -9,7 +9,9 @@ def test_embedding_is_a_strided_convolution():
     embed, frames = PatchEmbedding(4, 10), torch.randn(2, 3, 3, 8, 12)
     kernel = embed.project.weight.view(10, 3, 4, 4)
     expected = F.conv2d(frames.flatten(0, 1), kernel, embed.project.bias, stride=4)  # (6, 10, 2, 3)
-    assert torch.allclose(embed(frames), expected.flatten(2).transpose(1, 2).view(2, 3, 6, 10), atol=1e-5)
+    assert torch.allclose(
+        embed(frames), expected.flatten(2).transpose(1, 2).view(2, 3, 6, 10), atol=1e-5
+    )
 
 
 def test_unembedding_is_the_inverse():

@@ -1,20 +1,20 @@
 import importlib.util
 
+from utils.cli import UserError
+
 import h5py
 import numpy as np
 import pytest
-from test_data_utils import options
 
-import record
-from config import UserError
-from data_utils import Clips, open_footage
-from record import GAMES, Game, record_shard
+from data_utils import Clips, open_dataset
+from tools import record
+from tools.record import GAMES, GameSpec, record_shard
 
 
 def test_the_same_seed_records_the_same_frames_with_any_number_of_processes(tmp_path, monkeypatch):
     for name, workers in (("a", 1), ("b", 2)):
         record.record("pong", 2200, tmp_path / f"{name}.h5", seed=3, workers=workers)
-    a, b = (open_footage(options(tmp_path / f"{name}.h5")) for name in "ab")
+    a, b = (open_dataset(tmp_path / f"{name}.h5") for name in "ab")
     assert a.frames.shape == (2200, 64, 64, 3) and a.actions.shape == (2200,)
     assert (a.frames == b.frames).all() and (a.actions == b.actions).all()
     assert (a.frames[:200] != record_shard("pong", 4, 200, 0)[0]).any()
@@ -53,8 +53,11 @@ def test_every_game_records(name):
 def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown game 'chess'; there are pong"):
         record.record("chess", 10, tmp_path / "x.h5")
-    monkeypatch.setitem(GAMES, "go", Game("not_installed", "pip install it", 1, ["a"], None))
-    with pytest.raises(UserError, match="go needs the package not_installed; install it with: pip install it"):
+    monkeypatch.setitem(GAMES, "go", GameSpec("not_installed", 1, ["a"], None))
+    monkeypatch.setitem(record.INSTALL, "not_installed", "pip install it")
+    with pytest.raises(
+        UserError, match="go needs the package not_installed; install it with: pip install it"
+    ):
         record.record("go", 10, tmp_path / "x.h5")
     with pytest.raises(UserError, match="--frames 0"):
         record.record("pong", 0, tmp_path / "x.h5")

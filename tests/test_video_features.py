@@ -1,12 +1,14 @@
+from utils.cli import UserError
+from utils.hardening.videos import DatasetWriter
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-import video_features
-from config import UserError
 from data_utils import dummy_world
-from metrics import frechet_distance
-from video_features import i3d_features, load_i3d, smallnet_features
+from evaluation import video_features
+from evaluation.metrics import frechet_distance
+from evaluation.video_features import i3d_features, load_i3d, smallnet_features
 
 
 def test_the_distance_orders_videos_by_damage():
@@ -14,25 +16,34 @@ def test_the_distance_orders_videos_by_damage():
     videos = torch.from_numpy(frames).view(96, 16, 64, 64, 3)
 
     def blur(width):
-        flat = F.avg_pool2d(videos.flatten(0, 1).movedim(-1, 1).float(), width, 1, width // 2, count_include_pad=False)
+        flat = videos.flatten(0, 1).movedim(-1, 1).float()
+        flat = F.avg_pool2d(flat, width, 1, width // 2, count_include_pad=False)
         return flat.movedim(1, -1).round().byte().view(videos.shape)
 
-    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(96)])
-    shuffled = torch.stack([video[steps] for video, steps in zip(videos, order)])
+    def shuffle(i):
+        return videos[i, torch.randperm(16, generator=torch.Generator().manual_seed(i))]
+
+    shuffled = torch.stack([shuffle(i) for i in range(96)])
     real = smallnet_features(videos)
-    clean, slight, strong, mixed = (frechet_distance(smallnet_features(v), real) for v in (videos, blur(3), blur(9), shuffled))
+    damaged = (videos, blur(3), blur(9), shuffled)
+    distances = [frechet_distance(smallnet_features(v), real) for v in damaged]
+    clean, slight, strong, mixed = distances
     assert abs(clean) < 1e-3 < slight < strong < mixed
 
 
-def test_an_i3d_of_the_user_takes_the_place(tmp_path):
-    class Detector(torch.nn.Module):  # the signature of the shared TorchScript files; the features are the mean colours
-        def forward(self, x, rescale: bool, resize: bool, return_features: bool):
-            assert x.size(1) == 3 and float(x.max()) > 1.5  # channels first, 0-255
-            return x.mean(dim=(2, 3, 4)).unsqueeze(2)
+class Detector(torch.nn.Module):
+    """The signature of the shared TorchScript files; the features are the mean colours."""
 
+    def forward(self, x, rescale: bool, resize: bool, return_features: bool):
+        assert x.size(1) == 3 and float(x.max()) > 1.5  # channels first, 0-255
+        return x.mean(dim=(2, 3, 4)).unsqueeze(2)
+
+
+def test_an_i3d_of_the_user_takes_the_place(tmp_path):
     torch.jit.script(Detector()).save(str(tmp_path / "i3d.pt"))
     videos = torch.randint(256, (6, 16, 8, 8, 3), dtype=torch.uint8)
-    assert torch.allclose(i3d_features(load_i3d(tmp_path / "i3d.pt"), videos), videos.float().mean(dim=(1, 2, 3)), atol=1e-3)
+    features = i3d_features(load_i3d(tmp_path / "i3d.pt"), videos)
+    assert torch.allclose(features, videos.float().mean(dim=(1, 2, 3)), atol=1e-3)
     (tmp_path / "text.pt").write_text("no network")
     for name in ("text.pt", "none.pt"):
         with pytest.raises(UserError, match=f"--fvd-features .*{name} is not a TorchScript I3D"):
@@ -40,13 +51,17 @@ def test_an_i3d_of_the_user_takes_the_place(tmp_path):
 
 
 def test_the_network_can_be_trained_again(tmp_path):
-    from data_utils import DatasetWriter
-
     frames, _ = dummy_world(400)
+    paths = []
     for name, pictures in (("a", frames), ("b", 255 - frames)):
-        with DatasetWriter(tmp_path / f"{name}.h5", (64, 64)) as writer:
+        paths.append(str(tmp_path / f"{name}.h5"))
+        with DatasetWriter(paths[-1], (64, 64)) as writer:
             writer.append(pictures)
     out = tmp_path / "features.pt"
-    video_features.main(["--data-path", str(tmp_path / "a.h5"), str(tmp_path / "b.h5"), "--out", str(out), "--n-updates", "2"])
-    shipped = torch.load(video_features.WEIGHTS, weights_only=True)["model"]
-    assert {k: v.shape for k, v in torch.load(out, weights_only=True)["model"].items()} == {k: v.shape for k, v in shipped.items()}
+    video_features.main(["--data-path", *paths, "--out", str(out), "--n-updates", "2"])
+
+    def shapes(path):
+        weights = torch.load(path, weights_only=True)["model"]
+        return {name: weight.shape for name, weight in weights.items()}
+
+    assert shapes(out) == shapes(video_features.WEIGHTS)

@@ -1,8 +1,13 @@
-"""The page: its server over real sockets, and page and static export in a real browser (Debian's chromium)."""
+"""The page: its server over real sockets, and page and static export in a real browser.
+
+The browser is Debian's chromium.
+"""
+
 import asyncio
 import base64
 import functools
 import http.server
+import importlib
 import io
 import json
 import shutil
@@ -10,21 +15,21 @@ import socket
 import threading
 from contextlib import suppress
 
+from utils.checkpoint import load_world
+from utils.cli import UserError
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import play
-from config import UserError
-from game import Game, read_run
 from models.dynamics import maskgit_decode
-from models.world_model import WorldModel
+from player.session import Session, read_run
 
 aiohttp = pytest.importorskip("aiohttp", reason='the page is an extra: pip install ".[web]"')
-from aiohttp.web import AppRunner, TCPSite  # noqa: E402
-
-import web.server  # noqa: E402
+aiohttp_web = pytest.importorskip("aiohttp.web")
+server = importlib.import_module("player.web.server")
 
 LIMIT = 3
 START = {"type": "start", "start": 2, "seed": 5}
@@ -36,19 +41,20 @@ def step(action):
 
 @pytest.fixture(scope="module")
 def world(world_dir):
-    return WorldModel.load(world_dir)
+    return load_world(world_dir)
 
 
 @pytest.fixture(scope="module")
 def site(world):
     """The server in a thread, with two names for one world; → its address, and the Site."""
     starts = world.start_frames.numpy()
-    site, loop = web.server.Site([("first", world, starts), ("second", world, starts[:2])], "127.0.0.1", LIMIT), asyncio.new_event_loop()
-    runner = AppRunner(site.app(), shutdown_timeout=1)
+    worlds = [("first", world, starts), ("second", world, starts[:2])]
+    site, loop = server.Site(worlds, "127.0.0.1", LIMIT), asyncio.new_event_loop()
+    runner = aiohttp_web.AppRunner(site.app(), shutdown_timeout=1)
 
     async def begin():
         await runner.setup()
-        await TCPSite(runner, "127.0.0.1", 0).start()
+        await aiohttp_web.TCPSite(runner, "127.0.0.1", 0).start()
         return runner.addresses[0][1]
 
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -60,10 +66,14 @@ def site(world):
 
 
 class Visitor:
-    """One socket. ask(message) → what comes back: (number, frame), a dict, or the code it was closed with."""
+    """One socket.
+
+    ask(message) → what comes back: (number, frame), a dict, or the code it was closed with.
+    """
 
     def __init__(self, session, url, number=0, **options):
-        self.connecting = session.ws_connect(f"{url}/socket/{number}", **({"headers": {"Origin": url}} | options))
+        options = {"headers": {"Origin": url}} | options
+        self.connecting = session.ws_connect(f"{url}/socket/{number}", **options)
 
     async def __aenter__(self):
         self.socket = await self.connecting
@@ -73,13 +83,21 @@ class Visitor:
         await self.socket.close()
 
     async def send(self, message):
-        await (self.socket.send_bytes(message) if isinstance(message, bytes) else self.socket.send_str(message if isinstance(message, str) else json.dumps(message)))
+        if isinstance(message, bytes):
+            await self.socket.send_bytes(message)
+        elif isinstance(message, str):
+            await self.socket.send_str(message)
+        else:
+            await self.socket.send_json(message)
 
     async def hear(self):
         message = await self.socket.receive(timeout=60)
         if message.type == aiohttp.WSMsgType.BINARY:
-            return int.from_bytes(message.data[:4], "little"), np.frombuffer(message.data[4:], dtype=np.uint8).reshape(64, 64, 3)
-        return json.loads(message.data) if message.type == aiohttp.WSMsgType.TEXT else self.socket.close_code
+            pixels = np.frombuffer(message.data[4:], dtype=np.uint8)
+            return int.from_bytes(message.data[:4], "little"), pixels.reshape(64, 64, 3)
+        if message.type == aiohttp.WSMsgType.TEXT:
+            return json.loads(message.data)
+        return self.socket.close_code
 
     async def ask(self, message):
         await self.send(message)
@@ -103,18 +121,20 @@ def visit(url, talk, visitors=1, **options):
 
 def test_a_game_over_a_socket_is_the_game(site, world, tmp_path):
     async def talk(visitor):
-        heard = [await visitor.ask(m) for m in (START, step(1), step(4), step(4), {"type": "rewind", "to": 1}, step(6))]
+        messages = [START, step(1), step(4), step(4), {"type": "rewind", "to": 1}, step(6)]
+        heard = [await visitor.ask(message) for message in messages]
         return heard, (await visitor.ask({"type": "save"}))["run"]
 
     heard, run = visit(site[0], talk)
-    game = Game(world, world.start_frames.numpy(), seed=5)
-    frames = [game.start(game.starts[2])] + [game.press(a) for a in (1, 4, 4)]
-    frames += [game.rewind(1), game.press(6)]
+    session = Session(world, world.start_frames.numpy(), seed=5)
+    frames = [session.start(session.starts[2])] + [session.press(a) for a in (1, 4, 4)]
+    frames += [session.rewind(1), session.press(6)]
     assert [number for number, _ in heard] == [0, 1, 2, 3, 1, 2]
     assert np.array_equal([frame for _, frame in heard], frames)
     (tmp_path / "run.json").write_text(json.dumps(run))
     again, actions = read_run(tmp_path / "run.json", world)
-    assert actions == [1, 6] and np.array_equal([again.press(a) for a in actions][-1], heard[-1][1])
+    assert actions == [1, 6]
+    assert np.array_equal([again.press(a) for a in actions][-1], heard[-1][1])
 
 
 def test_two_visitors_have_games_of_their_own_and_a_picture_begins_one(site, world):
@@ -126,19 +146,29 @@ def test_two_visitors_have_games_of_their_own_and_a_picture_begins_one(site, wor
         return [await visitor.ask(step(action)) for action in (3, 5) for visitor in (one, two)]
 
     heard = visit(site[0], talk, visitors=2)
-    for clip, frames in ((world.start_frames[2].numpy(), heard[::2]), (picture[None], heard[1::2])):
-        game = Game(world, clip[None], seed=5 if len(clip) > 1 else 0)
-        assert np.array_equal([game.press(3), game.press(5)], [frame for _, frame in frames])
+    clips = (world.start_frames[2].numpy(), picture[None])
+    for clip, frames in zip(clips, (heard[::2], heard[1::2]), strict=True):
+        session = Session(world, clip[None], seed=5 if len(clip) > 1 else 0)
+        played = [session.press(3), session.press(5)]
+        assert np.array_equal(played, [frame for _, frame in frames])
 
 
 def test_what_cannot_be_answered_is_refused_with_a_reason_and_the_game_goes_on(site):
     bad = {
-        "no JSON": "must be JSON", "[]": "must be JSON", "[" * 900: "must be JSON", "{}": "must be JSON", '{"type": 1}': "type must be",
-        '{"type": "step"}': "action must be an integer from 0 to 7", '{"type": "step", "action": 8}': "from 0 to 7",
-        '{"type": "step", "action": true}': "from 0 to 7", '{"type": "step", "action": -1}': "from 0 to 7", '{"type": "rewind", "to": 2}': "to must be",
-        '{"type": "start", "start": 99, "seed": 0}': "start must be", '{"type": "start", "start": 0, "seed": 1e3}': "seed must be",
+        "no JSON": "must be JSON",
+        "[]": "must be JSON",
+        "[" * 900: "must be JSON",
+        "{}": "must be JSON",
+        '{"type": 1}': "type must be",
+        '{"type": "step"}': "action must be an integer from 0 to 7",
+        '{"type": "step", "action": 8}': "from 0 to 7",
+        '{"type": "step", "action": true}': "from 0 to 7",
+        '{"type": "step", "action": -1}': "from 0 to 7",
+        '{"type": "rewind", "to": 2}': "to must be",
+        '{"type": "start", "start": 99, "seed": 0}': "start must be",
+        '{"type": "start", "start": 0, "seed": 1e3}': "seed must be",
         b"short": "must have 12288 bytes",
-    }  # fmt: skip
+    }
 
     async def talk(visitor):
         await visitor.ask(START)
@@ -159,7 +189,8 @@ def test_floods_and_large_messages_end_their_own_game_alone(site):
         heard = [await flood.hear()]
         while not isinstance(heard[-1], int):
             heard.append(await flood.hear())
-        assert number == 1 and heard[-1] == 1008 and "without waiting" in [h for h in heard if isinstance(h, dict)][-1]["error"]
+        reason = [h for h in heard if isinstance(h, dict)][-1]["error"]
+        assert number == 1 and heard[-1] == 1008 and "without waiting" in reason
         return await calm.ask(step(1))
 
     assert visit(site[0], talk, visitors=2)[0] == 2
@@ -178,7 +209,8 @@ def test_who_never_listens_is_cut_off(site):
         await other.ask(START)
         assert site[1].games == 2
         with suppress(aiohttp.ClientError, ConnectionError):
-            while site[1].games > 1:  # the buffers on the way fill up, the answers stay in the server, and it ends this game
+            # The buffers on the way fill up, the answers stay in the server, and it ends this game.
+            while site[1].games > 1:
                 await deaf.send(noise)
                 await asyncio.sleep(0.001)
         while site[1].games > 1:
@@ -193,7 +225,8 @@ def test_games_are_limited_and_a_closed_tab_frees_its_own(site):
         for visitor in visitors[:LIMIT]:
             assert (await visitor.ask(START))[0] == 0
         refused = await visitors[LIMIT].hear()
-        assert f"{LIMIT} games are being played" in refused["error"] and await visitors[LIMIT].hear() == 1013
+        assert f"{LIMIT} games are being played" in refused["error"]
+        assert await visitors[LIMIT].hear() == 1013
 
     visit(site[0], full, visitors=LIMIT + 1)
 
@@ -208,25 +241,33 @@ def test_games_are_limited_and_a_closed_tab_frees_its_own(site):
 def test_only_its_own_page_may_play_and_only_its_own_files_are_served(site):
     url = site[0]
     port = url.rpartition(":")[2]
+    shown = ["/", "/page.js", "/worlds/1/legend.png"]
+    hidden = ["/../play.py", "/..%2fplay.py", "/web/server.py", "/player/web/server.py"]
+    hidden += ["/server.py", "/worlds/2/world.json", "/%00", "/socket/2"]
+    foreign_hosts = ["evil.example", f"evil.example:{port}", "[", "127.0.0.1.evil.example"]
+    foreign_origins = ["http://evil.example", "null", "http://[", f"http://localhost:{port}"]
+    foreign_origins = [{}, *({"Origin": origin} for origin in foreign_origins)]
+    # a tunnel changes the port of both
+    tunnel = {"Host": "localhost:9999", "Origin": "http://localhost:9999"}
 
     async def get():
         async with aiohttp.ClientSession() as session:
 
             async def status(path, **headers):
-                async with session.get(aiohttp.client.URL(url + path, encoded=True), headers=headers) as reply:
+                address = aiohttp.client.URL(url + path, encoded=True)
+                async with session.get(address, headers=headers) as reply:
                     return reply.status
 
-            assert [await status(path) for path in ("/", "/page.js", "/worlds/1/legend.png")] == [200] * 3
-            for path in ("/../play.py", "/..%2fplay.py", "/web/server.py", "/server.py", "/worlds/2/world.json", "/%00", "/socket/2"):
+            assert [await status(path) for path in shown] == [200] * 3
+            for path in hidden:
                 assert await status(path, Origin=url) == 404, path
             assert await status("/", Host=f"localhost:{port}") == 200
-            for host in ("evil.example", f"evil.example:{port}", "[", "127.0.0.1.evil.example"):
+            for host in foreign_hosts:
                 assert await status("/", Host=host) in (400, 403), host
-            for origin in ({}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://["}, {"Origin": f"http://localhost:{port}"}):
+            for origin in foreign_origins:
                 with pytest.raises(aiohttp.WSServerHandshakeError) as refusal:
                     await session.ws_connect(f"{url}/socket/0", headers=origin)
                 assert refusal.value.status == 403, origin
-            tunnel = {"Host": "localhost:9999", "Origin": "http://localhost:9999"}  # a tunnel changes the port of both
             async with session.ws_connect(f"{url}/socket/0", headers=tunnel):
                 pass
 
@@ -234,18 +275,22 @@ def test_only_its_own_page_may_play_and_only_its_own_files_are_served(site):
 
 
 def test_an_address_that_cannot_be_had(world):
+    worlds = [("w", world, world.start_frames.numpy())]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         for host, number in (("127.0.0.1", port), ("no.such.host.invalid", 0)):
-            with pytest.raises(UserError, match=f"cannot listen on {host}:{number} .*choose another --port"):
-                asyncio.run(web.server.run(web.server.Site([("w", world, world.start_frames.numpy())], host, 1), host, number))
+            message = f"cannot listen on {host}:{number} .*choose another --port"
+            with pytest.raises(UserError, match=message):
+                asyncio.run(server.run(server.Site(worlds, host, 1), host, number))
     hosts = ("127.0.0.1", "::1", "0.0.0.0", "192.168.0.2", "name")
-    assert [web.server.is_address(host, "is_loopback") for host in hosts] == [True, True, False, False, False]
-    assert [web.server.is_address(host, "is_unspecified") for host in hosts] == [False, False, True, False, False]
+    loopback = [True, True, False, False, False]
+    unspecified = [False, False, True, False, False]
+    assert [server.is_address(host, "is_loopback") for host in hosts] == loopback
+    assert [server.is_address(host, "is_unspecified") for host in hosts] == unspecified
 
 
-# ---- in a browser
+# --- in a browser ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +299,14 @@ def browser():
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if not path:
         pytest.skip("browser tests need Chromium: apt-get install chromium")
-    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    options = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+    ]
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=options)
         yield browser
@@ -268,7 +320,10 @@ def open_page(browser):
 
     def open_page(url):
         context = browser.new_context(has_touch=True)
-        context.route(lambda address: not address.startswith((url, "blob:", "data:")), lambda route: (foreign.append(route.request.url), route.abort()))
+        context.route(
+            lambda address: not address.startswith((url, "blob:", "data:")),
+            lambda route: (foreign.append(route.request.url), route.abort()),
+        )
         page = context.new_page()
         page.on("pageerror", lambda error: foreign.append(str(error)))
         page.goto(url)
@@ -294,10 +349,22 @@ def wait_until(page, condition):
     raise TimeoutError(condition)
 
 
+CLOCK = "document.querySelector('#clock').textContent"
+SCREENS = "document.querySelectorAll('#screens canvas')"
+NOTICE = "document.querySelector('#notice').textContent"
+PIXELS = f"""(i) => {{
+    const context = {SCREENS}[i].getContext("2d");
+    return [...context.getImageData(0, 0, 64, 64).data];
+}}"""
+GO_BACK = """(n) => {
+    const timeline = document.querySelector("#timeline");
+    timeline.value = n;
+    timeline.dispatchEvent(new Event("input"));
+}"""
+
+
 def picture(page, screen=0):
-    pixels = page.evaluate(
-        "(i) => { const c = document.querySelectorAll('#screens canvas')[i]; return [...c.getContext('2d').getImageData(0, 0, 64, 64).data] }", screen
-    )
+    pixels = page.evaluate(PIXELS, screen)
     return np.array(pixels, dtype=np.uint8).reshape(64, 64, 4)[..., :3]
 
 
@@ -316,105 +383,132 @@ def hold(page, key, frames):
     for _ in range(frames):
         n = clock(page)
         page.keyboard.press(".")
-        wait_until(page, f"document.querySelector('#clock').textContent == {n + 1}")
+        wait_until(page, f"{CLOCK} == {n + 1}")
     if key:
         page.keyboard.up(key)
 
 
+DROP = """([name, content]) => {
+    const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+    const data = new DataTransfer();
+    data.items.add(new File([bytes], name));
+    for (const kind of ["dragenter", "dragover", "drop"]) {
+        const options = { dataTransfer: data, bubbles: true, cancelable: true };
+        document.body.dispatchEvent(new DragEvent(kind, options));
+    }
+}"""
+
+
 def drop(page, name, content):
-    page.evaluate(
-        """([name, content]) => {
-            const data = new DataTransfer();
-            data.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name));
-            for (const kind of ["dragenter", "dragover", "drop"]) document.body.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
-        }""",
-        [name, base64.b64encode(content).decode()],
-    )
+    page.evaluate(DROP, [name, base64.b64encode(content).decode()])
 
 
 def exercise(page, folder):
-    """What must work wherever the world is; → the saved run, the frames' bytes at its end."""
-    wait_until(page, "+document.querySelector('#clock').textContent > 3")  # it plays by itself
+    """What must work wherever the world is; → the saved run, the frame at its end."""
+    wait_until(page, f"+{CLOCK} > 3")  # it plays by itself
     page.keyboard.press(" ")
     page.wait_for_timeout(300)
     n = clock(page)
     page.wait_for_timeout(400)
     assert clock(page) == n  # paused
     page.click("#starts button >> nth=1")
-    wait_until(page, "document.querySelector('#clock').textContent == 0")
-    page.keyboard.down("3")
-    page.keyboard.down("5")
-    assert page.get_attribute("body", "data-action") == "5"  # the newest counts
-    page.keyboard.up("5")
-    assert page.get_attribute("body", "data-action") == "3"
-    page.keyboard.up("3")
-    button = page.locator("#actions button").nth(4)
-    button.dispatch_event("pointerdown", {"pointerId": 1})
-    assert page.get_attribute("body", "data-action") == "4" and "held" in button.get_attribute("class")
-    page.evaluate("dispatchEvent(new Event('blur'))")
-    assert page.get_attribute("body", "data-action") != "4"
+    wait_until(page, f"{CLOCK} == 0")
+    exercise_keys(page)
     ends = {}
-    for key in ("1", "2", "3", "4"):  # from one beginning, each by another way
+    for key in ("1", "2", "3", "4"):  # from one start, each by another way
         hold(page, key, 4)
         assert clock(page) == 4
         ends[key] = picture(page)
-        page.evaluate("const t = document.querySelector('#timeline'); t.value = 0; t.dispatchEvent(new Event('input'))")
+        page.evaluate(GO_BACK, 0)
         assert clock(page) == 0
-    assert max(np.abs(ends["1"].astype(int) - ends[key]).max() for key in "234") > 30  # the keys do something
+    differences = [np.abs(ends["1"].astype(int) - ends[key]).max() for key in "234"]
+    assert max(differences) > 30  # the keys do something
     hold(page, "1", 4)
     assert np.array_equal(picture(page), ends["1"])  # the same way again
     hold(page, "2", 2)
-    page.evaluate("const t = document.querySelector('#timeline'); t.value = 4; t.dispatchEvent(new Event('input'))")
+    page.evaluate(GO_BACK, 4)
     hold(page, "4", 2)
     assert clock(page) == 6 and page.get_attribute("#timeline", "max") == "6"
     return saved(page, "#json", folder), picture(page)
 
 
+def exercise_keys(page):
+    def action():
+        return page.get_attribute("body", "data-action")
+
+    page.keyboard.down("3")
+    page.keyboard.down("5")
+    assert action() == "5"  # the newest counts
+    page.keyboard.up("5")
+    assert action() == "3"
+    page.keyboard.up("3")
+    button = page.locator("#actions button").nth(4)
+    button.dispatch_event("pointerdown", {"pointerId": 1})
+    assert action() == "4" and "held" in button.get_attribute("class")
+    page.evaluate("dispatchEvent(new Event('blur'))")
+    assert action() != "4"
+
+
 def test_the_page_plays_the_game_of_the_server(site, world, open_page, tmp_path):
     page = open_page(site[0])
     run, end = exercise(page, tmp_path)
-    game, actions = read_run(run, world)
+    session, actions = read_run(run, world)
     assert actions == [1, 1, 1, 1, 4, 4]
-    frames = [game.frame] + [game.press(a) for a in actions]
+    frames = [session.frame] + [session.press(a) for a in actions]
     assert np.array_equal(frames[-1], end)  # to the last bit
     gif = Image.open(saved(page, "#gif", tmp_path))
     assert gif.size == (256, 256) and gif.info["duration"] == round(100 / world.fps) * 10
-    for n in (0, gif.n_frames - 1):
+    for n, frame in ((0, frames[0]), (gif.n_frames - 1, frames[-1])):
         gif.seek(n)
-        assert np.abs(np.asarray(gif.convert("RGB"))[::4, ::4].astype(int) - frames[0 if n == 0 else -1]).mean() < 12  # of 256 colours
+        shown = np.asarray(gif.convert("RGB"))[::4, ::4].astype(int)
+        assert np.abs(shown - frame).mean() < 12  # of 256 colours
     film = saved(page, "#mp4", tmp_path)
     assert film.stat().st_size > 1000
-    # a picture dropped on the page, and something that is none
-    content, source = io.BytesIO(), np.zeros((64, 64, 3), dtype=np.uint8)
-    source[:32, :, 0] = 255
-    Image.fromarray(source).save(content, "PNG")
-    drop(page, "red.png", content.getvalue())
-    wait_until(page, "document.querySelector('#clock').textContent == 0")
-    page.wait_for_timeout(200)
-    assert np.array_equal(picture(page), source)
-    hold(page, "1", 1)
-    drop(page, "text.png", b"no picture")
-    wait_until(page, "document.querySelector('#notice').textContent.includes('not a picture')")
-    # side by side: random actions from the same beginning, then another world
-    games = site[1].games
-    page.select_option("#beside", "random")
-    wait_until(page, "document.querySelectorAll('#screens canvas').length == 2 && document.querySelector('#clock').textContent == 0")
-    hold(page, "1", 12)
-    assert site[1].games == games + 1 and not np.array_equal(picture(page, 0), picture(page, 1))
-    page.select_option("#beside", "1")
-    wait_until(page, "document.querySelectorAll('figcaption')[1].textContent == 'second' && document.querySelector('#clock').textContent == 0")
-    hold(page, "1", 1)
-    third = open_page(site[0])  # and now there is no place for another
-    third.select_option("#beside", "random")
-    wait_until(third, "document.querySelector('#notice').textContent.includes('which is the limit')")
-    n = clock(third)
-    assert third.locator("#screens canvas").count() == 1
-    wait_until(third, f"+document.querySelector('#clock').textContent > {n}")  # the first game goes on
-    third.close()
+    drop_pictures(page)
+    play_side_by_side(page, site[1])
+    a_third_game_is_refused(open_page(site[0]))
     page.close()  # the tab is closed: both games are free
     other = open_page(site[0])
     other.wait_for_timeout(500)
     assert site[1].games == 1
+
+
+def drop_pictures(page):
+    """A picture dropped on the page, and something that is none."""
+    content, source = io.BytesIO(), np.zeros((64, 64, 3), dtype=np.uint8)
+    source[:32, :, 0] = 255
+    Image.fromarray(source).save(content, "PNG")
+    drop(page, "red.png", content.getvalue())
+    wait_until(page, f"{CLOCK} == 0")
+    page.wait_for_timeout(200)
+    assert np.array_equal(picture(page), source)
+    hold(page, "1", 1)
+    drop(page, "text.png", b"no picture")
+    wait_until(page, f"{NOTICE}.includes('not a picture')")
+
+
+def play_side_by_side(page, server_site):
+    """Random actions from the same start, then another world."""
+    games = server_site.games
+    page.select_option("#beside", "random")
+    wait_until(page, f"{SCREENS}.length == 2 && {CLOCK} == 0")
+    hold(page, "1", 12)
+    assert server_site.games == games + 1
+    assert not np.array_equal(picture(page, 0), picture(page, 1))
+    page.select_option("#beside", "1")
+    name = "document.querySelectorAll('figcaption')[1].textContent"
+    wait_until(page, f"{name} == 'second' && {CLOCK} == 0")
+    hold(page, "1", 1)
+
+
+def a_third_game_is_refused(page):
+    """There is no place for a game beside, and the first one goes on."""
+    page.select_option("#beside", "random")
+    wait_until(page, f"{NOTICE}.includes('which is the limit')")
+    n = clock(page)
+    assert page.locator("#screens canvas").count() == 1
+    wait_until(page, f"+{CLOCK} > {n}")
+    page.close()
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +517,7 @@ def exported(world_dir, tmp_path_factory):
     pytest.importorskip("onnxscript", reason='the export is an extra: pip install ".[web]"')
     out = tmp_path_factory.mktemp("export") / "site"
     play.main(["--checkpoint", world_dir, "--export-web", str(out), "--temperature", "0"])
-    with pytest.raises(UserError, match="is not empty and no earlier export"):
+    with pytest.raises(UserError, match="is not empty and not an earlier export"):
         play.main(["--checkpoint", world_dir, "--export-web", str(out.parent)])
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=out)
     handler.log_message = lambda *_: None
@@ -433,41 +527,45 @@ def exported(world_dir, tmp_path_factory):
         files.shutdown()
 
 
-def test_the_static_page_plays_without_a_server_and_finds_pytorchs_tokens(world_dir, exported, open_page, tmp_path):
+TOKENS = """async ([first, actions, back]) => {
+    const world = (await import("./channel.js")).connect(0, "local");
+    await world.ask(Array.isArray(first) ? Uint8Array.from(first) : first);
+    for (const action of actions) await world.ask({ type: "step", action });
+    if (back) {
+        await world.ask({ type: "rewind", to: back });
+        for (const action of actions.slice(back)) await world.ask({ type: "step", action });
+    }
+    return (await world.ask({ type: "save" })).tokens;
+}"""
+
+
+def tokens_of(session):
+    return [tokens[0].tolist() for tokens in session.tokens]
+
+
+def test_the_static_page_plays_without_a_server_and_finds_pytorchs_tokens(
+    world_dir, exported, open_page, tmp_path
+):
     page = open_page(exported[1])
     run, end = exercise(page, tmp_path)
-    game, actions = read_run(run, WorldModel.load(world_dir))  # rounds the weights as the page has them
-    frames = [game.press(a) for a in actions]
-    assert actions == [1, 1, 1, 1, 4, 4] and np.abs(frames[-1].astype(int) - end).max() <= 1  # a pixel may round the other way
+    session, actions = read_run(run, load_world(world_dir))  # rounds the weights as the page does
+    frames = [session.press(a) for a in actions]
+    assert actions == [1, 1, 1, 1, 4, 4]
+    # a pixel may round the other way
+    assert np.abs(frames[-1].astype(int) - end).max() <= 1
     pressed = [int(a) for a in np.random.default_rng(0).integers(0, 8, 64)]
-    found = page.evaluate(
-        """async (actions) => {
-            const world = (await import("./channel.js")).connect(0, "local");
-            await world.ask({ type: "start", start: 3, seed: 0 });
-            for (const action of actions) await world.ask({ type: "step", action });
-            await world.ask({ type: "rewind", to: 40 });
-            for (const action of actions.slice(40)) await world.ask({ type: "step", action });
-            return (await world.ask({ type: "save" })).tokens;
-        }""",
-        pressed,
-    )
-    game.start(game.world.start_frames[3].numpy())
+    third = {"type": "start", "start": 3, "seed": 0}
+    found = page.evaluate(TOKENS, [third, pressed, 40])
+    session.start(session.world.start_frames[3].numpy())
     for action in pressed:
-        game.press(action)
-    assert found == [tokens[0].tolist() for tokens in game.tokens]
+        session.press(action)
+    assert found == tokens_of(session)
     picture = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
-    found = page.evaluate(
-        """async (bytes) => {
-            const world = (await import("./channel.js")).connect(0, "local");
-            await world.ask(Uint8Array.from(bytes));
-            for (const action of [1, 2]) await world.ask({ type: "step", action });
-            return (await world.ask({ type: "save" })).tokens;
-        }""",
-        picture.flatten().tolist(),
-    )
-    game.start(picture)
-    game.press(1), game.press(2)
-    assert found == [tokens[0].tolist() for tokens in game.tokens]
+    found = page.evaluate(TOKENS, [picture.flatten().tolist(), [1, 2], 0])
+    session.start(picture)
+    for action in (1, 2):
+        session.press(action)
+    assert found == tokens_of(session)
 
 
 PLAY = """async ([seed, actions]) => {
@@ -478,53 +576,66 @@ PLAY = """async ([seed, actions]) => {
     for (const action of actions.slice(3)) await world.ask({ type: "step", action });
     return (await world.ask({ type: "save" })).run;
 }"""
+# One MaskGIT pass over n equal tokens, of which 4 is the mask.
+FILL = """async ([logits, temperature, n, steps, seed]) => {
+    const { fill, generator } = await import("./maskgit.js");
+    const tokens = new Int32Array(n).fill(4);
+    const all = Float32Array.from({ length: n * 4 }, (_, i) => logits[i % 4]);
+    const random = generator(...seed);
+    fill(tokens, all, { mask: 4, step: 1, steps, temperature, random });
+    return [...tokens];
+}"""
 
 
-def test_the_static_page_samples_with_a_seed_and_its_runs_play_again(world_dir, exported, open_page, tmp_path):
+@pytest.fixture
+def sampling_page(exported, open_page):
+    """The static page at temperature 1, as it is without the option."""
     out, url = exported
-    told = json.loads((out / "worlds/0/world.json").read_text())
-    told["local"]["temperature"] = 1.0  # as it is without the option
-    (out / "worlds/0/world.json").write_text(json.dumps(told))
-    page = open_page(url)
+    path = out / "worlds/0/world.json"
+    before = path.read_text()
+    told = json.loads(before)
+    told["local"]["temperature"] = 1.0
+    path.write_text(json.dumps(told))
+    yield open_page(url)
+    path.write_text(before)
+
+
+def test_the_static_page_samples_with_a_seed_and_its_runs_play_again(
+    world_dir, sampling_page, tmp_path
+):
     actions = [1, 1, 4, 4, 2, 2]
-    run, same, other = (page.evaluate(PLAY, [seed, actions]) for seed in (7, 7, 8))
-    assert run == same and run["tokens"] != other["tokens"] and run["seed"] == 7 and run["temperature"] == 1.0
-    path = tmp_path / "run.json"
+    run, same, other = (sampling_page.evaluate(PLAY, [seed, actions]) for seed in (7, 7, 8))
+    assert run == same and run["tokens"] != other["tokens"]
+    assert run["seed"] == 7 and run["temperature"] == 1.0
+    path, gif = tmp_path / "run.json", tmp_path / "again.gif"
     path.write_text(json.dumps(run))
-    game, found = read_run(path, WorldModel.load(world_dir))
+    session, found = read_run(path, load_world(world_dir))
     assert found == actions
     for action in found:
-        game.press(action)
-    assert [tokens[0].tolist() for tokens in game.tokens[1:]] == run["tokens"]
-    play.main(["--checkpoint", world_dir, "--replay", str(path), "--save", str(tmp_path / "again.gif")])
-    # against PyTorch's probabilities: of 20,000 equal tokens filled in one pass, each kind as often as it should be
+        session.press(action)
+    assert tokens_of(session)[1:] == run["tokens"]
+    play.main(["--checkpoint", world_dir, "--replay", str(path), "--save", str(gif)])
+
+
+def test_the_static_page_samples_as_pytorch_does(sampling_page):
     logits, temperature, n = [0.0, 1.0, 2.0, -1.0], 0.7, 20_000
-    tokens = page.evaluate(
-        """async ([logits, temperature, n]) => {
-            const { fill, generator } = await import("./maskgit.js"), tokens = new Int32Array(n).fill(4);
-            const all = Float32Array.from({ length: n * 4 }, (_, i) => logits[i % 4]);
-            fill(tokens, all, { mask: 4, step: 1, steps: 1, temperature, random: generator(3, 5) });
-            return [...tokens];
-        }""",
-        [logits, temperature, n],
-    )
+
+    def shares(steps, seed):
+        tokens = sampling_page.evaluate(FILL, [logits, temperature, n, steps, seed])
+        return np.bincount(tokens, minlength=5) / n
+
+    # of equal tokens filled in one pass, each kind is there as often as it should be
     expected = (torch.tensor(logits) / temperature).softmax(0).numpy()
-    assert np.abs(np.bincount(tokens, minlength=4) / n - expected).max() < 4 * 0.5 / np.sqrt(n)
-    # and of two passes: the first fills as many, and, with noise in the order, nearly the same mixture, as maskgit_decode does
-    shares = page.evaluate(
-        """async ([logits, temperature, n]) => {
-            const { fill, generator } = await import("./maskgit.js"), tokens = new Int32Array(n).fill(4);
-            const all = Float32Array.from({ length: n * 4 }, (_, i) => logits[i % 4]), random = generator(1, 0);
-            fill(tokens, all, { mask: 4, step: 1, steps: 2, temperature, random });
-            return [0, 1, 2, 3, 4].map((kind) => tokens.filter((token) => token === kind).length / n);
-        }""",
-        [logits, temperature, n],
-    )
+    assert np.abs(shares(1, [3, 5])[:4] - expected).max() < 4 * 0.5 / np.sqrt(n)
+    # The first of two passes fills as many as maskgit_decode does, and, with noise in the order,
+    # nearly the same mixture.
     seen = []
 
     def logits_of(tokens):
         seen.append(tokens)
         return torch.tensor(logits).expand(1, n, 4)
 
-    maskgit_decode(logits_of, torch.full((1, n), 4), 4, 2, temperature, torch.Generator().manual_seed(0))
-    assert np.allclose(shares, np.bincount(seen[1][0], minlength=5) / n, atol=0.02)
+    generator = torch.Generator().manual_seed(0)
+    maskgit_decode(logits_of, torch.full((1, n), 4), 4, 2, temperature, generator)
+    wanted = np.bincount(seen[1][0], minlength=5) / n
+    assert np.allclose(shares(2, [1, 0]), wanted, atol=0.02)

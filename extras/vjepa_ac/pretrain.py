@@ -1,26 +1,33 @@
-"""Pre-train the encoder on recordings, without their actions: predict the features of hidden patches from the patches that are shown (V-JEPA).
+"""Pre-train the encoder on recordings, without their actions (V-JEPA).
 
-    python extras/vjepa_ac/pretrain.py --data 'data/vpt/train-*.tar' --size nano --out checkpoints/vjepa
-    python extras/vjepa_ac/pretrain.py --data 'data/vpt/train-*.tar' --out checkpoints/vjepa      # ViT-L/16, for GPUs
+The encoder learns to predict the features of hidden patches from the visible ones.
 
-Writes OUT/pretrain.pt; in OUT/pretrain/: metrics.jsonl and loss.png. A falling loss proves nothing here, since targets that are all the same are predicted
-best; so feature_std and effective_rank of the target encoder are logged beside it.
+    DATA='data/vpt/train-*.tar'
+    python -m extras.vjepa_ac.pretrain --data "$DATA" --size nano --out checkpoints/vjepa
+    python -m extras.vjepa_ac.pretrain --data "$DATA" --out checkpoints/vjepa   # ViT-L/16, for GPUs
+
+Writes OUT/pretrain.pt; in OUT/pretrain/: metrics.jsonl and loss.png. A falling loss proves nothing
+here, because targets that are all the same are the easiest to predict. So the log also has
+feature_std and effective_rank of the target encoder.
 """
+
 import copy
-import sys
 import time
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from utils.checkpoint import CheckpointSaver, load_checkpoint
+from utils.cli import Parser, UserError, check_ranges, option, print_user_errors
+from utils.device import choose_device, parallelize, set_up
+from utils.hardening.steps import StepGuard, StopSignal
+from utils.log import TrainLog, progress
+from utils.optimizer import count_parameters, lr_at, make_optimizer, set_lr
 
-from config import Parser, UserError, choose_device, print_user_errors  # noqa: E402
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from extras.vjepa_ac.model import (  # noqa: E402
+from extras.vjepa_ac.model import (
     MASKS,
     PATCH,
     SIZES,
@@ -28,191 +35,269 @@ from extras.vjepa_ac.model import (  # noqa: E402
     Encoder,
     MaskedPredictor,
     block_masks,
-    crowding,
-    health,
     normalised,
+    std_and_rank,
+    vicreg_penalty,
 )
-from extras.vjepa_ac.vpt import Clips, ProcessVPT, batches, find_shards  # noqa: E402
-from models.checkpoint import load_checkpoint  # noqa: E402
-from models.distributed import n_ranks  # noqa: E402
-from optimizer import make_optimizer, rate_at  # noqa: E402
-from train_utils import Run, set_up, wrap  # noqa: E402
+from extras.vjepa_ac.vpt import Clips, ProcessVPT, batches, find_shards
+from models.distributed import n_ranks
 
 STAGE = "pretrain"
 
 
 class Pretraining(nn.Module):
-    """Encoder, predictor, and the target encoder, which follows the encoder slowly. video uint8 (B, T, 3, S, S) → (loss, the targets).
+    """Encoder, predictor, and the target encoder, a moving average of the encoder.
 
-    spread: weight of a penalty on features that crowd into few directions. V-JEPA has none; but with a batch of 16 instead of 3,072 and minutes
-    instead of days, what is predicted best is brightness, and without it the features end with an effective rank of 4 out of 192.
+    video uint8 (B, T, 3, S, S) → (loss, the targets (B, T/2·N, E)).
+
+    spread: weight of a penalty on features that collapse into few directions. V-JEPA has none,
+    with batches of 3,072 and days of training. Here a batch has 16 clips and training takes
+    minutes. Without the penalty the features then ended with an effective rank of 4 of 192.
     """
 
-    def __init__(self, size, tubelets, encoder, masked, spread=0.0):
+    def __init__(
+        self,
+        size: int,
+        tubelets: int,
+        encoder: list[int],
+        masked: list[int],
+        spread: float = 0.0,
+    ):
         super().__init__()
         self.encoder = Encoder(size, *encoder)
         self.predictor = MaskedPredictor(size // PATCH, tubelets, encoder[0], *masked)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.tubelets, self.spread = tubelets, spread
 
-    def forward(self, video):
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             targets = normalised(self.target(video).float())  # (B, T/2·N, E)
         loss = 0.0
         for kind, mask in enumerate(MASKS):
-            shown, hidden = block_masks(len(video), self.tubelets, self.encoder.grid, *mask, video.device)
+            sizes = (len(video), self.tubelets, self.encoder.grid)
+            shown, hidden = block_masks(*sizes, *mask, video.device)
             seen = self.encoder(video, shown)
             predicted = self.predictor(seen, shown, hidden, kind)
             truth = targets.gather(1, hidden[..., None].expand(-1, -1, targets.shape[2]))
             loss = loss + (predicted - truth).abs().mean() / len(MASKS)
-            if self.spread:  # less the mean of each place, else saying where one is would count as variety
-                loss = loss + self.spread * crowding((normalised(seen.float()) - targets.mean(0)[shown]).flatten(0, 1)) / len(MASKS)
+            if self.spread:
+                # centred per place: features that encode only their place have collapsed
+                centred = normalised(seen.float()) - targets.mean(0)[shown]
+                loss = loss + self.spread * vicreg_penalty(centred.flatten(0, 1)) / len(MASKS)
         return loss, targets
 
     @torch.no_grad()
-    def follow(self, momentum):
-        for slow, fast in zip(self.target.parameters(), self.encoder.parameters()):
+    def update_target(self, momentum: float) -> None:
+        """Move the target encoder by 1 − momentum of the way to the encoder."""
+        pairs = zip(self.target.parameters(), self.encoder.parameters(), strict=True)
+        for slow, fast in pairs:
             slow.lerp_(fast, 1 - momentum)
 
 
-def parser_of(description):
-    """What pretrain.py and train.py have in common. The defaults are the seed's; a smaller --size has its own, in model.py."""
+# --- settings and clips, for train.py too ----------------------------------------------------
+
+
+@dataclass
+class VideoConfig:
+    """The options that pretrain.py and train.py share.
+
+    The defaults are those of the reference text. `--size nano` replaces some, see SIZES in
+    model.py.
+    """
+
+    size: str = option("vit-l", "of the models; nano, for a CPU, has other defaults", tuple(SIZES))
+    num_frames: int = option(16, "frames of a clip", above=0)
+    fps: int = option(5, "frames per second of a clip", above=0)
+    every: int = option(64, "ticks from the start of one clip to the start of the next", above=0)
+    buffer: int = option(64, "clips in the shuffle buffer", low=0)
+    mirror: float = option(0.0, "share of clips in which left and right are swapped", low=0, high=1)
+    workers: int = option(1, "processes that read shards", above=0)
+    max_problems: int = option(100, "stop after this many broken recordings or lines", above=0)
+    n_updates: int = option(2000, "budget in optimizer steps", above=0)
+    batch_size: int = option(8, "clips per process", above=0)
+    learning_rate: float | None = option(None, "peak", above=0.0)
+    optimizer: str = option("adamw", "muon needs fewer steps", ("adamw", "muon"))
+    save_every: int = option(500, "steps between checkpoints", above=0)
+    seed: int = option(0, "fixes initial weights, clips and masks", low=0)
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "auto: the faster one", ("auto", "float32", "bfloat16"))
+    resume: bool = option(False, "continue from the checkpoint in --out, with the next clip")
+
+
+@dataclass
+class PretrainConfig(VideoConfig):
+    ema: float = option(0.99925, "momentum of the target encoder, per step")
+    spread: float = option(0.0, "penalty on features that collapse into few directions", low=0)
+
+
+def parse(kind: type, stage: str, description: str, argv: list[str] | None) -> Any:
+    """The command line over the defaults of --size → an instance of `kind`, checked.
+
+    It also has the fields that the spine's set_up and parallelize read.
+    """
     parser = Parser(description=description)
-    parser.add_argument("--data", nargs="+", required=True, metavar="TAR", help="shards of recordings; patterns are fine")
+    help = "shards of recordings; patterns are fine"
+    parser.add_argument("--data", nargs="+", required=True, metavar="TAR", help=help)
     parser.add_argument("--out", required=True, help="folder, for example checkpoints/vjepa")
-    parser.add_argument("--size", choices=SIZES, default="vit-l", help="[vit-l]; nano for a CPU, which also changes the defaults below")
-    parser.add_argument("--num-frames", type=int, default=16, help="frames of a clip [16]")
-    parser.add_argument("--fps", type=int, default=5, help="frames per second of a clip [5]")
-    parser.add_argument("--every", type=int, default=64, help="ticks from the start of one clip to the next one's [64]")
-    parser.add_argument("--buffer", type=int, default=64, help="clips that are mixed [64]")
-    parser.add_argument("--mirror", type=float, default=0.0, help="share of the clips in which left and right change places [0]")
-    parser.add_argument("--workers", type=int, default=1, help="processes that read [1]")
-    parser.add_argument("--max-problems", type=int, default=100, help="broken recordings, lines and unknown keys before it stops [100]")
-    parser.add_argument("--n-updates", type=int, default=2000, help="[2000]")
-    parser.add_argument("--batch-size", type=int, default=8, help="clips per process [8]")
-    parser.add_argument("--learning-rate", type=float, help="peak")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="[adamw]; muon needs fewer steps")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints [500]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with the next clip")
-    return parser
-
-
-def parse(parser, stage, argv):
-    """The command line, over the defaults of --size; bad numbers are refused, and what train_utils.py wants to know is added."""
-    parser.set_defaults(**SIZES[parser.parse_args(argv).size][stage])
-    cfg = parser.parse_args(argv)
-    for name in ("num_frames", "fps", "every", "workers", "n_updates", "batch_size", "learning_rate", "save_every", "max_problems"):
-        if not getattr(cfg, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(cfg, name)}")
-    if min(cfg.buffer, cfg.seed) < 0 or not 0 <= cfg.mirror <= 1:
-        raise UserError(f"--buffer {cfg.buffer} and --seed {cfg.seed} must not be negative, and --mirror must lie in 0 … 1, got {cfg.mirror}")
+    parser.add_fields(kind)
+    given = vars(parser.parse_args(argv))
+    data, out = given.pop("data"), given.pop("out")
+    cfg = kind(**SIZES[given.get("size", "vit-l")][stage] | given)
+    check_ranges(cfg)
     if cfg.num_frames % TUBELET:
         raise UserError(f"--num-frames must be even, got {cfg.num_frames}: a tubelet has {TUBELET}")
-    cfg.device = str(choose_device(cfg.device))
-    cfg.data_path, cfg.data_type, cfg.use_dummy_data = " ".join(cfg.data), "shards", False
+    cfg.data, cfg.out, cfg.device = data, out, str(choose_device(cfg.device))
     cfg.accumulate, cfg.compile, cfg.recompute = 1, False, False
     return cfg
 
 
-def reading(cfg):
-    """What must not change for a resumed stream to go on with the next clip."""
-    return {name: getattr(cfg, name) for name in ("data", "num_frames", "fps", "every", "buffer", "mirror", "workers", "seed")} | {"processes": n_ranks()}
+def reader_settings(cfg: VideoConfig) -> dict:
+    """A resumed stream continues with the next clip only if none of these has changed."""
+    names = ("data", "num_frames", "fps", "every", "buffer", "mirror", "workers", "seed")
+    return {name: getattr(cfg, name) for name in names} | {"processes": n_ranks()}
 
 
 class Stream:
-    """Endless batches of clips on the device. It knows how long the loop has waited for them, and where each reader is."""
+    """Endless batches of clips on the device.
 
-    def __init__(self, cfg, process, shards, passed=None):
-        self.passed, self.device, self.waited, self.began = dict(passed or {}), cfg.device, 0.0, time.perf_counter()
-        clips = Clips(shards, process, cfg.every, cfg.buffer, cfg.seed, max_problems=cfg.max_problems, passed=self.passed, mirror=cfg.mirror)
+    It also measures how long the training loop waits for them, and the position of each reader.
+    """
+
+    def __init__(
+        self, cfg: VideoConfig, process: ProcessVPT, shards: list[str], passed: dict | None = None
+    ):
+        self.passed, self.device = dict(passed or {}), cfg.device
+        self.waited, self.began = 0.0, time.perf_counter()
+        clips = Clips(
+            shards,
+            process,
+            cfg.every,
+            cfg.buffer,
+            cfg.seed,
+            max_problems=cfg.max_problems,
+            passed=self.passed,
+            mirror=cfg.mirror,
+        )
         self.batches = batches(clips, cfg.batch_size, cfg.workers)
 
-    def positions(self):
-        """How far the readers of all processes are, for the checkpoint."""
+    def positions(self) -> dict[str, int]:
+        """Position of each reader of all processes, for the checkpoint."""
         if n_ranks() == 1:
             return dict(self.passed)
         everywhere = [None] * n_ranks()
         dist.all_gather_object(everywhere, self.passed)
         return {reader: n for passed in everywhere for reader, n in passed.items()}
 
-    def next(self, *names):
+    def next(self, *names: str) -> list[Tensor]:
+        """These entries of the next batch."""
         began = time.perf_counter()
         batch = next(self.batches)
         self.waited += time.perf_counter() - began
         self.passed[str(int(batch["worker"][0]))] = int(batch["position"].max())
         return [batch[name].to(self.device, non_blocking=True) for name in names]
 
-    def share(self):
-        """Share of the time since the last question that the loop has waited."""
+    def share_waited(self) -> float:
+        """Share of the time since the last call that the loop spent waiting."""
         now = time.perf_counter()
-        share, self.waited, self.began = self.waited / (now - self.began), 0.0, now
+        share = self.waited / (now - self.began)
+        self.waited, self.began = 0.0, now
         return share
 
 
-def main(argv=None):
-    # --- settings and set-up
-    parser = parser_of(__doc__)
-    parser.add_argument("--ema", type=float, default=0.99925, help="share of the target encoder that stays, each step [0.99925]")
-    parser.add_argument("--spread", type=float, default=0.0, help="weight of a penalty on features that crowd into few directions [0]")
-    cfg = parse(parser, STAGE, argv)
-    if not 0 <= cfg.ema < 1 or cfg.spread < 0:
-        raise UserError(f"--ema must lie in 0 … 1, got {cfg.ema}, and --spread not be negative, got {cfg.spread}")
+def resume_stream(
+    cfg: VideoConfig,
+    saver: CheckpointSaver,
+    start_step: int,
+    process: ProcessVPT,
+    shards: list[str],
+) -> Stream:
+    """The clips of this training run; with --resume from the next unseen one on."""
+    passed = load_checkpoint(saver.path, saver.stage)["passed"] if start_step else None
+    return Stream(cfg, process, shards, passed)
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def model_args_of(cfg: PretrainConfig) -> dict:
+    sizes = SIZES[cfg.size]
+    return dict(
+        size=sizes["size"],
+        tubelets=cfg.num_frames // TUBELET,
+        encoder=list(sizes["encoder"]),
+        masked=list(sizes["masked"]),
+        spread=cfg.spread,
+    )
+
+
+def describe_features(log: TrainLog, width: int) -> None:
+    """Print in one line whether the features have collapsed."""
+    std, rank = log.latest("feature_std"), log.latest("effective_rank")
+    remedy = ""
+    if std < 0.1 or rank < 5:
+        remedy = (
+            "; they have collapsed:"
+            " try a smaller --learning-rate, an --ema nearer to 1, or --spread"
+        )
+    print(f"features: standard deviation {std:.2f}, effective rank {rank:.1f} of {width}{remedy}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse(PretrainConfig, STAGE, __doc__, argv)
+    if not 0 <= cfg.ema < 1:
+        raise UserError(f"--ema must be at least 0 and below 1, got {cfg.ema}")
     device, autocast = set_up(cfg)
 
-    # --- data
-    sizes = SIZES[cfg.size]
-    shards = find_shards(cfg.data)
-    process = ProcessVPT(cfg.num_frames, cfg.fps, TUBELET, sizes["size"])
-
-    # --- model
-    model_args = dict(size=sizes["size"], tubelets=cfg.num_frames // TUBELET, encoder=list(sizes["encoder"]), masked=list(sizes["masked"]), spread=cfg.spread)
+    # --- data, model and optimizer
+    shards, model_args = find_shards(cfg.data), model_args_of(cfg)
+    process = ProcessVPT(cfg.num_frames, cfg.fps, TUBELET, model_args["size"])
     model = Pretraining(**model_args).to(device)
-    network = wrap(model, cfg)
-    print(f"model: {sum(p.numel() for p in model.encoder.parameters()):,} parameters in the encoder, {sum(p.numel() for p in model.predictor.parameters()):,} in the predictor")
-
-    # --- optimizer and schedule
+    network = parallelize(model, cfg)
     optimizer = make_optimizer(model, cfg)
+    n_encoder, n_predictor = (count_parameters(m) for m in (model.encoder, model.predictor))
+    print(f"model: {n_encoder:,} parameters in the encoder, {n_predictor:,} in the predictor")
 
     # --- output folder and resume
-    run = Run(cfg, STAGE)
-    first, n_updates = run.open(model, optimizer, cfg.n_updates, model_args=model_args, reading=reading(cfg))
-    stream = Stream(cfg, process, shards, load_checkpoint(run.path, STAGE)["passed"] if first else None)
-    done = first
+    same = dict(model_args=model_args, reading=reader_settings(cfg))
+    saver = CheckpointSaver(cfg, STAGE, model, optimizer, **same)
+    start_step, n_updates = saver.resume(cfg.n_updates)
+    stop = StopSignal()
+    log = TrainLog(cfg, STAGE, start_step, n_updates, stop)
+    guard = StepGuard(log, start_step)
+    stream = resume_stream(cfg, saver, start_step, process, shards)
 
     # --- loop
-    bar = tqdm(range(first, n_updates), initial=first, total=n_updates, unit="step", desc=STAGE, mininterval=1, disable=not run.first)
+    done = start_step
+    bar = progress(start_step, n_updates, STAGE)
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, n_updates, cfg)
-        (video,) = stream.next("video")
+        set_lr(optimizer, lr_at(step, n_updates, cfg))
         with autocast():
-            loss, targets = network(video)
+            loss, targets = network(*stream.next("video"))
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if run.sound(step, loss, norm):
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if guard.is_finite(step, loss, grad_norm, saved=saver.last_saved()):
             optimizer.step()
         optimizer.zero_grad()
-        model.follow(cfg.ema)
+        model.update_target(cfg.ema)
 
         done = step + 1
-        last = done == n_updates or run.stopped(done)
+        last = done == n_updates or stop.asked
         if done % 20 == 0 or last:
-            std, rank = health(targets)
-            run.log(done, loss=loss.detach(), grad_norm=norm, feature_std=std, effective_rank=rank, waited=stream.share())
-            bar.set_postfix_str(f"loss {loss:.3f}, features: deviation {std:.2f}, rank {rank:.0f}", refresh=False)
+            std, rank = std_and_rank(targets)
+            values = dict(feature_std=std, effective_rank=rank, waited=stream.share_waited())
+            log.write(done, loss=loss.detach(), grad_norm=grad_norm, **values)
+            text = f"loss {loss:.3f}, features: std {std:.2f}, rank {rank:.0f}"
+            bar.set_postfix_str(text, refresh=False)
         if done % cfg.save_every == 0 or last:
-            run.save(model, optimizer, done, n_updates, model_args=model_args, reading=reading(cfg), passed=stream.positions())
+            saver.save(done, log, guard, passed=stream.positions())
         if last:
             break
 
     # --- finish
-    if run.first and done > first:
-        print(f"features: deviation {std:.2f}, effective rank {rank:.1f} of {sizes['encoder'][0]}" + (
-            "; they have collapsed: try a smaller --learning-rate, an --ema nearer to 1, or --spread" if std < 0.1 or rank < 5 else ""))  # fmt: skip
-    run.finish(done, n_updates, f"python extras/vjepa_ac/train.py --data {cfg.data_path} --encoder {run.path} --size {cfg.size} --out {cfg.out}")
+    describe_features(log, model.encoder.dim)
+    options = f"--data {' '.join(cfg.data)} --size {cfg.size} --out {cfg.out}"
+    next_command = f"python -m extras.vjepa_ac.train {options} --encoder {saver.path}"
+    saver.finish(done, log, guard, next_command)
 
 
 if __name__ == "__main__":

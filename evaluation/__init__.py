@@ -1,0 +1,1 @@
+"""Evaluation of worlds: metrics as pure functions, the metrics of each stage, the action table."""

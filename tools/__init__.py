@@ -1,0 +1,1 @@
+"""Around the project: python -m tools.NAME."""
