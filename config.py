@@ -1,13 +1,14 @@
 """Settings: one dataclass for what the three stages share, one per stage, presets as one table.
 
-A value comes from the command line, else from the preset, else from the dataclass.
-Without --preset the device decides. Each option is written once: default, help, choices and range.
+A value comes from the command line, else from the preset, else from the dataclass; with --resume
+all come from the checkpoint. Without --preset the device decides.
+Each option is written once: default, help, choices and range.
 """
 
 from dataclasses import dataclass
 
-from utils.cli import Parser, UserError, option
-from utils.hardening.settings import BUDGETS, check_settings
+from utils.cli import option
+from utils.hardening.settings import read_settings
 
 
 @dataclass
@@ -16,8 +17,8 @@ class Config:
     data_type: str = option("auto", "kind of data", ("auto", "folder", "video", "h5", "dummy"))
     use_dummy_data: bool = option(False, "a small procedural world instead of --data-path")
     frame_size: int = option(64, "videos are resized to squares of this side", above=0, high=8192)
-    out: str = option("", "folder of the world, for example checkpoints/pong")
-    preset: str = option("", "tiny, cpu or gpu; by default what the device suggests")
+    out: str = option("", "folder of the world [checkpoints/NAME OF THE DATA]")
+    preset: str = option("", "tiny, cpu, gpu or article; by default what the device suggests")
     n_updates: int = option(0, "budget in optimizer steps")
     num_epochs: float = option(0.0, "budget in passes over the training frames")
     minutes: float = option(0.0, "budget in minutes, turned into updates once, at the start")
@@ -40,6 +41,7 @@ class Config:
     compile: bool = option(False, "torch.compile: a minute to begin, then a quarter faster or more")
     recompute: bool = option(False, "recompute activations: less memory, more time")
     resume: bool = option(False, "continue from the checkpoint in --out")
+    data_fingerprint: str = ""  # of what was found at data_path; not an option
 
     def transformer_sizes(self) -> dict[str, int]:
         names = ("embed_dim", "hidden_dim", "n_heads", "n_blocks", "context_length")
@@ -50,6 +52,7 @@ class Config:
 class TokenizerConfig(Config):
     patch_size: int = option(8, "pixels per side of a token", above=0)
     levels: tuple = option((4, 4, 4, 4, 4), "FSQ levels per dimension; 4,4,4,4,4 makes 1,024 codes")
+    latent_dim: int = option(0, "a short form of --levels: so many dimensions of 4 levels", low=0)
 
 
 @dataclass
@@ -57,6 +60,7 @@ class LatentActionConfig(Config):
     patch_size: int = option(8, "pixels per side of a patch", above=0)
     n_actions: int = option(8, "how many latent actions; a power of two")
     keep_rate: float = option(1.0, "share of the history the decoder sees", low=0, high=1)
+    masking: str = option("always", "when the rest is hidden", ("always", "training"))
     # matches: pairs of frames, and how well patches match when shifted; pairs: pairs alone;
     # frames: each frame pooled by itself
     encoder: str = option("matches", "what the encoder sees", ("matches", "pairs", "frames"))
@@ -70,7 +74,7 @@ class LatentActionConfig(Config):
 
     def lam_args(self) -> dict:
         names = "n_actions encoder decoder keep_rate soft_rate entropy_lambda var_target var_lambda"
-        values = {name: getattr(self, name) for name in names.split()}
+        values = {name: getattr(self, name) for name in [*names.split(), "masking"]}
         return values | {"unit_rms": self.latent_norm == "rms"}
 
 
@@ -85,6 +89,7 @@ class DynamicsConfig(Config):
     context: str = option("clean", "the past in training (Genie: masked)", ("clean", "masked"))
     token_kernel: int = option(3, "embed each token with its neighbours; 1: alone", above=0)
     conditioning: str = option("adaln", "how the action enters (Genie: add)", ("adaln", "add"))
+    latent_dim: int = option(0, "dimensions that the tokenizer must have; 0: any", low=0)
     fsdp: bool = option(False, "under torchrun: shard the weights over the processes")
     steps: int = option(2, "MaskGIT passes per frame when playing", low=1)
     temperature: float = option(1.0, "of sampling when playing; low values fade", low=0)
@@ -106,30 +111,16 @@ PRESETS = {
         "lam": dict(minutes=4.0, n_blocks=4),
         "dynamics": dict(minutes=10.0, n_blocks=8),
     },
+    "article": {  # what the articles say that this project began with: docs/texts.md
+        "all": dict(n_updates=10_000, batch_size=32, context_length=4, frame_size=128)
+        | dict(optimizer="adamw", learning_rate=1e-4, n_blocks=2),
+        "lam": dict(encoder="frames", decoder="frame", keep_rate=0.0, masking="training")
+        | dict(latent_norm="none", soft_rate=0.0, entropy_lambda=0.0),
+        "dynamics": dict(context="masked", token_kernel=1),
+    },
 }
-
-
-def preset_values(preset: str, stage: str) -> dict:
-    """What a preset sets for a stage. Raises UserError for an unknown preset."""
-    if preset not in PRESETS:
-        raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[preset].get("all", {}) | PRESETS[preset].get(stage, {})
 
 
 def parse_config(kind: type, stage: str, description: str, argv=None) -> Config:
     """The command line → an instance of `kind`, checked. Prints what it settled on."""
-    from utils.device import choose_device  # here, so that --help does not wait for torch
-
-    parser = Parser(description=description)
-    parser.add_fields(kind)
-    given = vars(parser.parse_args(argv))
-    device = choose_device(given.get("device", "auto"))
-    preset = given.get("preset") or ("gpu" if device.type == "cuda" else "cpu")
-    values = preset_values(preset, stage)
-    if any(name in given for name in BUDGETS):
-        values = {name: value for name, value in values.items() if name not in BUDGETS}
-    cfg = kind(**values | given | {"preset": preset, "device": str(device)})
-    check_settings(cfg)
-    typed = [f"{name}={value}" for name, value in given.items() if name not in ("preset", "device")]
-    print(f"{stage}: preset {preset} on {device}; " + ", ".join(typed))
-    return cfg
+    return read_settings(kind, stage, description, argv, PRESETS)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from utils.hardening.cache import read_cache, write_cache
 from utils.hardening.dataset import attributes, checked_datasets, existing, explained_errors
+from utils.hardening.files import data_fingerprint
 from utils.hardening.forecast import check_batch, refuse_short
 from utils.hardening.videos import convert_videos, find_videos, is_video
 
@@ -203,6 +204,7 @@ def open_clips(cfg) -> tuple[Clips, Clips]:
     train, val = (Clips(dataset, part, *sizes) for part in ("train", "val"))
     H, W = train.frame_size
     check_batch(cfg, H, W)
+    cfg.data_fingerprint = data_fingerprint(dataset.frames)
     print(
         f"data: {train.n_frames:,} frames of {H}×{W} to train on, {val.n_frames:,} to validate;"
         f" {len(train):,} clips"

@@ -17,29 +17,21 @@ from config import DynamicsConfig, parse_config  # before torch: utils/__init__.
 from utils.checkpoint import CheckpointSaver
 from utils.cli import print_user_errors
 from utils.device import parallelize, set_up, sync_gradients
-from utils.hardening.forecast import check_model, dry_run_of, plan_updates
+from utils.hardening.forecast import check_model, plan_updates
 from utils.hardening.stages import complete_world, load_frozen
 from utils.hardening.steps import StepGuard, StopSignal
-from utils.log import TrainLog, progress, validation_logs
+from utils.log import TrainLog, progress, statistics_text
 from utils.optimizer import count_parameters, lr_at, make_optimizer, set_lr
 
 import torch
 
 from data_utils import TokenClips, open_clips, to_float
 from evaluation.metrics import print_warnings
-from evaluation.stages import rollout_picture
+from evaluation.stages import rollout_picture, validation_with_wrong_actions
 from models.distributed import rand
 from models.dynamics import DynamicsModel
 from models.next_latent import NextLatentModel
 from models.world_model import WorldModel
-
-
-def validate(model, batches):
-    """Validation logs, and what it costs to be told wrong actions."""
-    wrong = [(tokens, (actions + 1) % model.n_actions) for tokens, actions in batches]
-    logs = validation_logs(model, batches)
-    gain = validation_logs(model, wrong)["val_loss"] / logs["val_loss"] - 1
-    return logs | {"val_action_gain": gain}
 
 
 def main(argv=None):
@@ -75,15 +67,16 @@ def main(argv=None):
         adaln=cfg.conditioning == "adaln",
         token_kernel=cfg.token_kernel,
     )
-    kind = {"ce": DynamicsModel, "mse": NextLatentModel}[cfg.objective]
+    kind = DynamicsModel
+    if cfg.objective == "mse":
+        kind, model_args["action_codes"] = NextLatentModel, True
     check_model(kind, model_args, device)
     model = kind(**model_args).to(device)
     network = parallelize(model, cfg)
     optimizer = make_optimizer(model, cfg)
     print(f"model: {count_parameters(model):,} parameters, {n_actions} {cfg.actions} actions")
 
-    dry_run = dry_run_of(network, optimizer, autocast, get_batch, train)
-    n_updates = plan_updates(cfg, model, train, dry_run)
+    n_updates = plan_updates(cfg, model, train, network, optimizer, autocast, get_batch)
     val_batches = [get_batch(val, i) for i in range(4)]
 
     # --- output folder and resume
@@ -117,10 +110,10 @@ def main(argv=None):
         if done % 10 == 0 or last:
             log.write(done, loss=loss.detach(), grad_norm=grad_norm, **logs)
             text = f"loss {loss:.4f}, {logs['accuracy_changing']:.2f} of changed tokens"
-            bar.set_postfix_str(text, refresh=False)
+            bar.set_postfix_str(text + statistics_text(logs), refresh=False)
         if done % cfg.sample_every == 0 or last:
             with torch.no_grad(), autocast():
-                log.write(done, **validate(model, val_batches))
+                log.write(done, **validation_with_wrong_actions(model, val_batches))
             sampling = dict(steps=cfg.steps, temperature=cfg.temperature)
             world = WorldModel(frozen.tokenizer, frozen.lam, model.eval(), **sampling)
             log.picture(done, rollout_picture(world, val))
@@ -131,7 +124,7 @@ def main(argv=None):
             break
 
     # --- finish
-    print_warnings({"dynamics/action_gain": log.latest("val_action_gain")})
+    print_warnings(log.latest("action_gain"))
     saver.finish(done, log, guard, f"python play.py --checkpoint {cfg.out}")
 
 

@@ -16,9 +16,9 @@ from config import LatentActionConfig, parse_config  # before torch: utils/__ini
 from utils.checkpoint import CheckpointSaver
 from utils.cli import print_user_errors
 from utils.device import parallelize, set_up, sync_gradients
-from utils.hardening.forecast import check_model, dry_run_of, plan_updates
+from utils.hardening.forecast import check_model, plan_updates
 from utils.hardening.steps import StepGuard, StopSignal
-from utils.log import TrainLog, data_option, progress, validation_logs
+from utils.log import TrainLog, data_option, progress, statistics_text, validation_logs
 from utils.optimizer import count_parameters, lr_at, make_optimizer, set_lr
 from utils.pictures import grid
 
@@ -54,8 +54,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, cfg)
     print(f"model: {count_parameters(model):,} parameters, {cfg.n_actions} latent actions")
 
-    dry_run = dry_run_of(network, optimizer, autocast, get_batch, train)
-    n_updates = plan_updates(cfg, model, train, dry_run)
+    n_updates = plan_updates(cfg, model, train, network, optimizer, autocast, get_batch)
     val_batches = [get_batch(val, i) for i in range(4)]
 
     # --- output folder and resume
@@ -86,7 +85,7 @@ def main(argv=None):
             log.write(done, loss=loss.detach(), grad_norm=grad_norm, **logs)
             error, codes_used = logs["error_over_copy"], logs["codes_used"]
             text = f"loss {loss:.3f}, {error:.2f} of copy, {codes_used} codes"
-            bar.set_postfix_str(text, refresh=False)
+            bar.set_postfix_str(text + statistics_text(logs), refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
             with torch.no_grad(), torch.random.fork_rng(), autocast():
@@ -102,8 +101,8 @@ def main(argv=None):
     # --- finish
     with autocast():
         table = write_action_table(saver.path, val.evenly_spaced(128)[0], device)
-    error = {"lam/error_over_copy": log.latest("val_error_over_copy")}
-    print_warnings(error | use_of_actions(table))
+    measured = log.latest("error_over_copy", "latent_variance")
+    print_warnings(measured | use_of_actions(table))
     next_command = f"python train_dynamics.py {data_option(cfg)} --out {cfg.out}"
     saver.finish(done, log, guard, next_command)
 

@@ -7,17 +7,15 @@ Out:  OUT/tokenizer.pt; in OUT/tokenizer/: metrics.jsonl, loss.png and pictures 
     python train_tokenizer.py --data-path data/pong.h5 --out checkpoints/pong
     python train_tokenizer.py --data-path videos/ --out checkpoints/mine --minutes 30
     python train_tokenizer.py --use-dummy-data --out checkpoints/dummy --preset tiny
-
-The loss is the plain squared error; nothing else is needed, see models/video_tokenizer.py.
 """
 
 from config import TokenizerConfig, parse_config  # before torch: utils/__init__.py says why
 from utils.checkpoint import CheckpointSaver
 from utils.cli import print_user_errors
 from utils.device import parallelize, set_up, sync_gradients
-from utils.hardening.forecast import check_model, dry_run_of, plan_updates
+from utils.hardening.forecast import check_model, plan_updates
 from utils.hardening.steps import StepGuard, StopSignal
-from utils.log import TrainLog, data_option, progress, validation_logs
+from utils.log import TrainLog, data_option, progress, statistics_text, validation_logs
 from utils.optimizer import count_parameters, lr_at, make_optimizer, set_lr
 from utils.pictures import grid
 
@@ -52,8 +50,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, cfg)
     print(f"model: {count_parameters(model):,} parameters, {model.quantizer.codebook_size:,} codes")
 
-    dry_run = dry_run_of(network, optimizer, autocast, get_batch, train)
-    n_updates = plan_updates(cfg, model, train, dry_run)
+    n_updates = plan_updates(cfg, model, train, network, optimizer, autocast, get_batch)
     val_batches = [get_batch(val, i) for i in range(4)]
 
     # --- output folder and resume
@@ -82,7 +79,8 @@ def main(argv=None):
         last = done == n_updates or stop.asked
         if done % 10 == 0 or last:
             log.write(done, loss=loss.detach(), grad_norm=grad_norm, **logs)
-            bar.set_postfix_str(f"loss {loss:.5f}, {logs['psnr']:.1f} dB", refresh=False)
+            text = f"loss {loss:.5f}, {logs['psnr']:.1f} dB"
+            bar.set_postfix_str(text + statistics_text(logs), refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
             with torch.no_grad(), autocast():
@@ -95,7 +93,7 @@ def main(argv=None):
             break
 
     # --- finish
-    print_warnings({"tokenizer/codes_used": log.latest("val_codes_used")})
+    print_warnings(log.latest("codes_used"))
     next_command = f"python train_lam.py {data_option(cfg)} --out {cfg.out}"
     saver.finish(done, log, guard, next_command)
 

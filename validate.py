@@ -20,7 +20,6 @@ from pathlib import Path
 
 from utils.cli import UserError, option, parse_options, print_user_errors
 
-from evaluation.metrics import print_warnings
 from evaluation.report import measure
 
 SAMPLING = dict(steps=2, temperature=0.2)  # of the rollouts that are measured
@@ -34,7 +33,7 @@ class ValidateOptions:
     use_dummy_data: bool = option(False, "the small procedural world instead of --data-path")
     val_fraction: float = option(0.1, "share at the end of the data to measure on", above=0, high=1)
     clips: int = option(128, "clips to measure on, from all over that part", above=0)
-    save_images: str = option("", "folder for pictures")
+    save_images: str = option(None, "save pictures, by default in the world's report/", bare="")
     json: str = option("", "file for the report")
     fvd_features: str = option("", "TorchScript I3D for the published FVD [a small network]")
     classifier_updates: int = option(
@@ -49,13 +48,14 @@ def main(argv=None):
     options = parse_options(ValidateOptions, __doc__, argv)
     if not options.checkpoint:
         raise UserError("the following arguments are required: --checkpoint; see --help")
-    report = measure(options)
+    report, warnings = measure(options)
     for name, value in report.items():
-        print(f"{name:36} {value:10.4g}")
-    print_warnings(report)
+        print(f"{name:40} {value:10.4g}" if value is not None else f"{name:40} {'-':>10}")
+    for line in warnings:
+        print(line)
     if options.json:
-        values = {name: float(value) for name, value in report.items()}
-        Path(options.json).write_text(json.dumps(values, indent=1) + "\n")
+        values = {name: value if value is None else float(value) for name, value in report.items()}
+        Path(options.json).write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
     return report
 
 

@@ -118,7 +118,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 DEAD_CODEBOOK = (
     "nearly all tokens are the same code; try train_tokenizer.py with half the --learning-rate"
 )
-MORE_ENTROPY = "try train_lam.py with a larger --entropy-lambda"
+MORE_ENTROPY = "try train_lam.py with a larger --entropy-lambda or --var-lambda"
 LAM_FIRST = "correct any lam/* warning first, then give train_dynamics.py more --minutes"
 # metric → (function of its value and the whole report: is it bad?; what it means, what to try)
 WARNINGS = {
@@ -141,6 +141,10 @@ WARNINGS = {
         lambda v, r: v > 0.95,
         "the actions explain almost none of the change; train_lam.py needs more --minutes",
     ),
+    "lam/latent_variance": (
+        lambda v, r: v < 0.05,
+        f"an action's numbers hardly differ between transitions; {MORE_ENTROPY}",
+    ),
     "dynamics/action_gain": (
         lambda v, r: v < 0.01,
         "the model ignores its actions; train_dynamics.py or train_lam.py needs more --minutes",
@@ -148,6 +152,10 @@ WARNINGS = {
     "dynamics/delta_psnr_null_t4": (
         lambda v, r: v < 0.1,
         f"inferred actions are no better than always the most frequent one; {LAM_FIRST}",
+    ),
+    "dynamics/delta_psnr_marginal_t4": (
+        lambda v, r: v < 0.1,
+        f"inferred actions are no better than others drawn as frequently; {LAM_FIRST}",
     ),
     "dynamics/delta_psnr_t4": (
         lambda v, r: v < 0.3,
@@ -163,7 +171,7 @@ def warnings_of(report: dict) -> list[str]:
     """
     lines = []
     for name, (bad, text) in WARNINGS.items():
-        if name in report and bad(report[name], report):
+        if report.get(name) is not None and bad(report[name], report):
             lines.append(f"warning: {name} is {report[name]:.3g}: {text}")
     return lines
 

@@ -3,31 +3,42 @@
 `options` is a validate.ValidateOptions.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 
 from utils.checkpoint import MODELS, build_model, load_checkpoint, load_world
 from utils.cli import UserError
 from utils.device import autocast_on, choose_device
-from utils.hardening.files import make_folder
+from utils.hardening.files import data_fingerprint, make_folder
 from utils.hardening.fit import check_fit
 
 import torch
 
 from data_utils import Clips, Dataset, open_dataset
 from evaluation import stages
+from evaluation.metrics import changed, warnings_of
 from evaluation.stages import CONTEXT, HORIZON
 from evaluation.video_features import i3d_features, load_i3d, smallnet_features
 from player.cuda_graph import graph_on
 
 USAGE_FRAMES = 20_480  # the most frames that are encoded to count the use of codes
+STILL = (
+    "warning: nothing moves in the {n} clips of {name}, so there is nothing to predict or control;"
+    " measure on data in which something does"
+)
 
 
 @torch.no_grad()
-def measure(options) -> dict[str, float]:
-    """→ every metric of every stage found, as STAGE/NAME. Saves pictures with --save-images."""
+def measure(options) -> tuple[dict[str, float | None], list[str]]:
+    """→ every metric of every stage found, as STAGE/NAME; and what to warn of.
+
+    A metric is None where the clips do not define it: nothing moves in them, for example. Saves
+    pictures with --save-images.
+    """
     device = choose_device(options.device)
     world, loaded = load_stages(Path(options.checkpoint), device)
+    models = {stage: model for stage, (_, model) in loaded.items() if stage != "dynamics"}
     dataset = open_data(options, world, loaded)
     clips = choose_clips(options, dataset, world, loaded)
     features = choose_features(options, world, clips)
@@ -37,18 +48,16 @@ def measure(options) -> dict[str, float]:
     def add(stage, values):
         report.update({f"{stage}/{name}": value for name, value in values.items()})
 
-    if "tokenizer" in loaded:
-        checkpoint, model = loaded["tokenizer"]
-        T = checkpoint["model_args"]["context_length"]
+    if "tokenizer" in models:
+        T = loaded["tokenizer"][0]["model_args"]["context_length"]
         everything = Clips(dataset, "val", T, val_fraction=1.0).evenly_spaced(USAGE_FRAMES // T)[0]
-        frames = clips["tokenizer"][0]
+        given = (models["tokenizer"], clips["tokenizer"][0], everything)
         with autocast():
-            add("tokenizer", stages.tokenizer_metrics(model, frames, everything, device, images))
-    if "lam" in loaded:
-        checkpoint, model = loaded["lam"]
+            add("tokenizer", stages.tokenizer_metrics(*given, device, images))
+    if "lam" in models:
         with autocast():
-            add("lam", stages.lam_metrics(model, *clips["lam"], device))
-        given = (options, dataset, checkpoint, clips["lam"], device, autocast)
+            add("lam", stages.lam_metrics(models["lam"], *clips["lam"], device, images))
+        given = (options, dataset, loaded["lam"][0], clips["lam"], device, autocast)
         add("lam", stages.classifier_nmi(*given))
     if world:
         measured = world.twin()
@@ -62,38 +71,69 @@ def measure(options) -> dict[str, float]:
                 actions = None if world.lam else true_actions[some][:4, : CONTEXT - 1]
                 initial = frames[some][:4, :CONTEXT]
                 stages.save_action_pictures(world, initial, actions, images)
-    return report
+    report = {name: None if math.isnan(value) else value for name, value in report.items()}
+    frames = next(iter(clips.values()))[0]
+    if not changed(stages.unit(frames[:, 1:]), stages.unit(frames[:, :-1])).any():
+        return report, [STILL.format(n=len(frames), name=dataset.name)]
+    return report, learned_from(options, dataset, loaded) + warnings_of(report)
+
+
+def learned_from(options, dataset: Dataset, loaded: dict) -> list[str]:
+    """[] or a warning: stages that are measured on what they were trained on."""
+    seen = [stage for stage, (saved, _) in loaded.items() if was_trained_on(saved, dataset)]
+    if not seen or options.val_fraction <= 0.1:  # training leaves out the last tenth
+        return []
+    return [
+        f"warning: {' and '.join(seen)} learned from the first 90 % of {dataset.name}, and"
+        f" --val-fraction {options.val_fraction:g} measures on a part of that; leave it out, or"
+        " measure on another recording"
+    ]
+
+
+def was_trained_on(checkpoint: dict, dataset: Dataset) -> bool:
+    """By the fingerprint of the data; checkpoints from before there was one know its path."""
+    config = checkpoint.get("config", {})
+    if config.get("data_fingerprint"):
+        return config["data_fingerprint"] == data_fingerprint(dataset.frames)
+    if config.get("use_dummy_data"):
+        return dataset.name == "dummy data"
+    path = config.get("data_path")
+    return bool(path) and str(Path(path).resolve()) == dataset.name
 
 
 def load_stages(path: Path, device):
-    """→ (the world or None, {stage: (checkpoint, model)} of the tokenizer and the LAM)."""
+    """A world's folder, or the file of one stage → the world or None, and what was loaded.
+
+    The latter is {stage: (checkpoint, model)}; the model of "dynamics" is None: it is in the
+    world. The file may be a stage's best or previous one: lam.best.pt, lam.previous.pt.
+    """
     if not path.exists():
         raise UserError(
             f"no such checkpoint: {path}; give a world's folder or one of its .pt files"
         )
     folder = path if path.is_dir() else path.parent
-    found = [stage for stage in MODELS if (folder / f"{stage}.pt").exists()]
-    if not path.is_dir():
-        found = [stage for stage in MODELS if path.name == f"{stage}.pt"]
-    if not found:
+    files = {stage: folder / f"{stage}.pt" for stage in MODELS}
+    if path.is_dir():
+        files = {stage: file for stage, file in files.items() if file.exists()}
+    else:
+        files = {stage: path for stage in MODELS if path.name.split(".")[0] == stage}
+    if not files:
         raise UserError(f"no checkpoint in {path}; expected tokenizer.pt, lam.pt or dynamics.pt")
-    world = load_world(folder, device, graph_on(device)) if "dynamics" in found else None
     loaded = {}
-    for stage in found:
-        if stage != "dynamics":
-            file = folder / f"{stage}.pt"
-            checkpoint = load_checkpoint(file, stage)
-            loaded[stage] = (checkpoint, build_model(checkpoint, file).to(device))
+    for stage, file in files.items():
+        checkpoint = load_checkpoint(file, stage)
+        model = None if stage == "dynamics" else build_model(checkpoint, file).to(device)
+        loaded[stage] = (checkpoint, model)
     if "tokenizer" in loaded and "lam" in loaded:
         check_fit(loaded["tokenizer"][0], loaded["lam"][0])
-    return world, loaded
+    if "dynamics" not in files:
+        return None, loaded
+    return load_world(folder, device, graph_on(device), files["dynamics"].name), loaded
 
 
 def open_data(options, world, loaded) -> Dataset:
     """The dataset. Raises UserError unless its frames have the size that the models expect."""
-    H, W = world.frame_size if world else (0, 0)
-    for checkpoint, _ in loaded.values():
-        H, W = checkpoint["model_args"]["frame_size"]
+    H, W = world.frame_size if world else next(iter(loaded.values()))[0]["model_args"]["frame_size"]
     source = (options.data_path, options.data_type, options.use_dummy_data)
     dataset = open_dataset(*source, frame_size=H)
     found = list(dataset.frames.shape[1:3])
@@ -113,6 +153,7 @@ def choose_clips(options, dataset, world, loaded) -> dict:
         return part.evenly_spaced(options.clips)
 
     lengths = {s: saved["model_args"]["context_length"] for s, (saved, _) in loaded.items()}
+    lengths.pop("dynamics", None)
     clips = {stage: clips_of(length) for stage, length in lengths.items()}
     if not world:
         return clips
@@ -145,7 +186,10 @@ def make_places(options) -> Path | None:
         raise UserError(f"--json {options.json} is a folder; give the name of a file")
     if options.json:
         make_folder(Path(options.json).parent)
-    if not options.save_images:
+    if options.save_images is None:
         return None
-    make_folder(options.save_images)
-    return Path(options.save_images)
+    world = Path(options.checkpoint)
+    own = (world if world.is_dir() else world.parent) / "report"
+    folder = Path(options.save_images or own)
+    make_folder(folder)
+    return folder

@@ -4,9 +4,11 @@ PSNR is in dB over pictures in [0, 1]. "_changing" counts only pixels that diffe
 known frame.
 """
 
+import math
 from pathlib import Path
 
 from config import LatentActionConfig
+from utils.log import validation_logs
 from utils.optimizer import lr_at, make_optimizer, set_lr
 from utils.pictures import enlarge, grid, save_png
 
@@ -17,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_utils import Clips, TokenClips, to_float, to_uint8
-from evaluation import metrics
+from evaluation import control, metrics
+from evaluation.action_table import describe_actions
 from models.latent_action_model import LatentActionsEncoder
 from models.world_model import WorldModel
 from player.film import labelled_grid, save_video
@@ -59,7 +62,8 @@ def tokenizer_metrics(tokenizer, frames: Tensor, all_frames: Tensor, device, fol
     }
 
 
-def lam_metrics(lam, frames: Tensor, true_actions: Tensor | None, device) -> dict:
+def lam_metrics(lam, frames: Tensor, true_actions: Tensor | None, device, folder=None) -> dict:
+    """How well codes explain what changes, and, where there are true actions, what they tell."""
     codes = [lam.infer(to_float(batch, device)).cpu() for batch in frames.split(16)]
     codes = torch.cat(codes)  # (B, T-1)
     truth, copy = unit(frames[:, 1:]), unit(frames[:, :-1])
@@ -93,22 +97,32 @@ def lam_metrics(lam, frames: Tensor, true_actions: Tensor | None, device) -> dic
             "accuracy": metrics.best_mapping_accuracy(codes, true_actions),
             "majority": float(metrics.shares(true_actions, n_true).max()),
         }
+    if folder:
+        save_png(describe_actions(lam, frames, device)[1], folder / "lam_actions.png")
+        seen, now = frames[:8], codes[:8].to(device)
+        predicted = to_uint8(lam.predict(to_float(seen, device), now))
+        rows = [seen[:, -2], predicted[:, -1], seen[:, -1]]  # the last known, predicted, true frame
+        save_png(grid(rows), folder / "lam_predictions.png")
     return result
 
 
 @torch.enable_grad()
-def classify_true_actions(model_args, rest: Clips, frames, device, autocast, n_updates) -> Tensor:
+def train_classifier(sizes: dict, rest: Clips, device, autocast, n_updates: int):
     """A supervised classifier: the LAM's encoder, trained on the true actions of clips in `rest`.
 
-    → its predictions for frames, (B, T-1).
+    A tenth of `rest` is set aside. The weights with the least cross-entropy there are kept, because
+    with few frames the classifier soon knows its training clips by heart.
     """
-    names = ("frame_size", "patch_size", "embed_dim", "hidden_dim", "n_heads", "n_blocks")
-    sizes = {name: model_args[name] for name in (*names, "context_length")}
     torch.manual_seed(0)
     encoder = LatentActionsEncoder(**sizes, out_dim=rest.dataset.n_true_actions()).to(device)
     # the default optimizer and learning rate of LAM training
     cfg = LatentActionConfig(dtype="bfloat16" if autocast.keywords["enabled"] else "float32")
     optimizer = make_optimizer(encoder, cfg)
+    border = max(1, len(rest.starts) * 9 // 10)
+    aside = rest.starts[border + rest.length - 1 :]  # no frame in both
+    aside = rest.read(aside[:: max(1, len(aside) // 64)]) if len(aside) else None
+    rest.starts = rest.starts[:border]
+    least, kept = math.inf, encoder.state_dict()
     bar = tqdm(range(n_updates), desc="classifier", unit="step", leave=False, mininterval=1)
     for step in bar:
         set_lr(optimizer, lr_at(step, n_updates, cfg))
@@ -119,24 +133,44 @@ def classify_true_actions(model_args, rest: Clips, frames, device, autocast, n_u
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad(), autocast():
-        guesses = [encoder(to_float(batch, device)).argmax(-1).cpu() for batch in frames.split(16)]
-    return torch.cat(guesses)
+        if aside and ((step + 1) % 50 == 0 or step + 1 == n_updates):
+            now = cross_entropy(encoder, *aside, device, autocast)
+            if now < least:
+                least, kept = now, {n: w.clone() for n, w in encoder.state_dict().items()}
+    encoder.load_state_dict(kept)
+    return encoder
+
+
+@torch.no_grad()
+def cross_entropy(encoder, frames: Tensor, true_actions: Tensor, device, autocast) -> float:
+    """Of the encoder's guesses of the true actions (B, T-1) of frames (B, T, H, W, 3), in nats."""
+    with autocast():
+        logits = [encoder(to_float(batch, device)).float().cpu() for batch in frames.split(16)]
+    return float(F.cross_entropy(torch.cat(logits).flatten(0, 1), true_actions.flatten()))
 
 
 def classifier_nmi(options, dataset, checkpoint: dict, clips, device, autocast) -> dict:
-    """{"nmi_ceiling": the NMI of a supervised classifier}, or {} if none is trained."""
+    """{"nmi_classifier": what a supervised classifier knows of the true actions}; {} without one.
+
+    (H - cross-entropy) / H on the clips that are measured, the share of the actions' entropy H. It
+    is what this much training finds, not an upper bound.
+    """
     n_updates = options.classifier_updates
     if n_updates is None:
         n_updates = 50 if checkpoint.get("config", {}).get("preset") == "tiny" else 400
     frames, true_actions = clips
     if true_actions is None or options.val_fraction == 1 or n_updates == 0:
         return {}
-    sizes = checkpoint["model_args"]
+    entropy = metrics.entropy(metrics.shares(true_actions, dataset.n_true_actions()))
+    if entropy == 0:
+        return {}
+    names = ("frame_size", "patch_size", "embed_dim", "hidden_dim", "n_heads", "n_blocks")
+    sizes = {name: checkpoint["model_args"][name] for name in (*names, "context_length")}
     split = dict(batch_size=16, val_fraction=options.val_fraction)
     rest = Clips(dataset, "train", sizes["context_length"], **split)
-    guesses = classify_true_actions(sizes, rest, frames, device, autocast, n_updates)
-    return {"nmi_ceiling": metrics.nmi_above_chance(guesses, true_actions)}
+    encoder = train_classifier(sizes, rest, device, autocast, n_updates)
+    left = cross_entropy(encoder, frames, true_actions, device, autocast)
+    return {"nmi_classifier": (entropy - left) / entropy}
 
 
 def rollout(world: WorldModel, frames: Tensor, actions: Tensor, seed: int = 0) -> Tensor:
@@ -165,6 +199,14 @@ def rollout_picture(world: WorldModel, val: TokenClips) -> np.ndarray:
     return grid([row for pair in zip(frames, below, strict=True) for row in pair])
 
 
+def validation_with_wrong_actions(dynamics, batches: list[tuple]) -> dict[str, float]:
+    """Validation logs, and in val_action_gain what it costs to be told wrong actions."""
+    wrong = [(tokens, (actions + 1) % dynamics.n_actions) for tokens, actions in batches]
+    logs = validation_logs(dynamics, batches)
+    gain = validation_logs(dynamics, wrong)["val_loss"] / logs["val_loss"] - 1
+    return logs | {"val_action_gain": gain}
+
+
 def one_step_metrics(dynamics, tokens: Tensor, actions: Tensor) -> dict:
     """Loss with random masks, and accuracy on changing tokens when whole frames are masked."""
     T = dynamics.transformer.context_length
@@ -181,37 +223,30 @@ def one_step_metrics(dynamics, tokens: Tensor, actions: Tensor) -> dict:
     return {"masked_ce": float(loss), "token_accuracy_changing": float(accuracy)}
 
 
-def baseline_actions(actions: Tensor, n_actions: int) -> dict[str, Tensor]:
-    """Baseline actions (B, T-CONTEXT) for the frames to be generated, by suffix of the metric."""
-    generator = torch.Generator().manual_seed(0)
-    future = actions[:, CONTEXT - 1 :].cpu()
-    use = torch.from_numpy(metrics.shares(actions.cpu(), n_actions))
-    uniform = torch.randint(n_actions, future.shape, generator=generator)
-    marginal = torch.multinomial(use, future.numel(), replacement=True, generator=generator)
-    most_frequent = torch.full_like(future, int(use.argmax()))
-    return {"": uniform, "_null": most_frequent, "_marginal": marginal.view(future.shape)}
-
-
 def rollout_metrics(played: dict[str, Tensor], frames: Tensor) -> dict:
-    """PSNR per horizon of rollouts with inferred and baseline actions, and of copying."""
+    """PSNR per horizon of the rollout with inferred actions, and of copying; ΔPSNR at the fourth.
+
+    played: rollouts by kind of actions, "inferred" and those of control_metrics.
+    """
     truth, copy = unit(frames[:, CONTEXT:]), unit(frames[:, CONTEXT - 1])
     result = {}
     for t in range(truth.shape[1]):
-        now = truth[:, t]
-        pictures = {name: unit(p[:, t]) for name, p in played.items()}
-        whole = {n: metrics.psnr(squared_error(p, now)) for n, p in pictures.items()}
-        result[f"rollout_psnr_t{t + 1}"] = whole["inferred"]
-        result[f"copy_psnr_t{t + 1}"] = metrics.psnr(squared_error(copy, now))
-        if t + 1 != 4:
-            continue
-        mask = metrics.changed(now, copy)
-        moving = {n: metrics.masked_psnr(p, now, mask) for n, p in pictures.items()}
-        result["rollout_psnr_t4_changing"] = moving["inferred"]
-        result["copy_psnr_t4_changing"] = metrics.masked_psnr(copy, now, mask)
-        for name in [name for name in played if name != "inferred"]:
-            result[f"delta_psnr{name}_t4"] = whole["inferred"] - whole[name]
-            result[f"delta_psnr{name}_t4_changing"] = moving["inferred"] - moving[name]
-    return result
+        predicted = unit(played["inferred"][:, t])
+        result[f"rollout_psnr_t{t + 1}"] = metrics.psnr(squared_error(predicted, truth[:, t]))
+        result[f"copy_psnr_t{t + 1}"] = metrics.psnr(squared_error(copy, truth[:, t]))
+    now = truth[:, 3]
+    mask = metrics.changed(now, copy)
+    pictures = {name: unit(p[:, 3]) for name, p in played.items()}
+    errors = {name: ((p - now) ** 2).mean(dim=(1, 2, 3)) for name, p in pictures.items()}
+    moving = {name: metrics.masked_psnr(p, now, mask) for name, p in pictures.items()}
+    result["rollout_psnr_t4_changing"] = moving["inferred"]
+    result["copy_psnr_t4_changing"] = metrics.masked_psnr(copy, now, mask)
+    for name, suffix in control.OTHERS.items():
+        result[f"delta_psnr{suffix}_t4_changing"] = moving["inferred"] - moving[name]
+    measured = control.control_metrics(errors)
+    if not mask.any():  # then any action is right
+        measured = dict.fromkeys(measured, math.nan)
+    return result | measured
 
 
 def video_distance(played: Tensor, frames: Tensor, name: str, features) -> dict:
@@ -237,10 +272,14 @@ def dynamics_metrics(world: WorldModel, clips, device, folder, features: tuple) 
     result |= one_step_metrics(world.dynamics, tokens, actions)
 
     # all with the same clips and random numbers; actions between given frames are never replaced
+    given = actions[:, : CONTEXT - 1]
+    others = control.baseline_actions(actions, world.n_actions, CONTEXT - 1)
+    if world.lam and true_actions is not None and len(frames) > 1:
+        known = control.codes_of_true_actions(actions, true_actions)
+        others["button"] = known[:, CONTEXT - 1 :]
     played = {"inferred": rollout(world, frames, actions)}
-    for name, others in baseline_actions(actions, world.n_actions).items():
-        replaced = torch.cat([actions[:, : CONTEXT - 1], others.to(device)], dim=1)
-        played[name] = rollout(world, frames, replaced)
+    for name, future in others.items():
+        played[name] = rollout(world, frames, torch.cat([given, future.to(device)], dim=1))
     result |= rollout_metrics(played, frames)
     if len(frames) >= FVD_CLIPS and frames.shape[1] >= CONTEXT + HORIZON:
         result |= video_distance(played["inferred"], frames, *features)

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.distributed import mean_over_ranks, rand
-from models.fsq import FiniteScalarQuantizer
+from models.fsq import FiniteScalarQuantizer, log_statistics
 from models.st_transformer import SpatialPositions, SpatioTemporalTransformer, causal_band
 
 
@@ -98,7 +98,8 @@ class DynamicsModel(nn.Module):
             right = logits.argmax(dim=1) == targets
             changed = targets != tokens[:, :-1][masked]  # a copy gets still patches right
             accuracy = (right & changed).sum() / changed.sum().clamp_min(1)
-        return loss, {"accuracy_changing": accuracy, "accuracy": right.float().mean()}
+        logs = {"accuracy_changing": accuracy, "accuracy": right.float().mean()}
+        return loss, logs | log_statistics(self.quantizer.indices_to_codes(tokens), logits)
 
     def previous_actions(self, actions: Tensor) -> Tensor:
         """Actions between frames (B, T-1) → the one before each frame (B, T); first is "none"."""

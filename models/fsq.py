@@ -19,6 +19,13 @@ def round_straight_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def log_statistics(latents: Tensor, outputs: Tensor) -> dict[str, Tensor]:
+    """For the log: variance of latents (..., D), a mean over D; mean and deviation of outputs."""
+    latents, outputs = latents.detach().float().flatten(0, -2), outputs.detach().float()
+    variance = latents.var(dim=0, correction=0).mean()
+    return {"latent_variance": variance, "output_mean": outputs.mean(), "output_std": outputs.std()}
+
+
 class FiniteScalarQuantizer(nn.Module):
     """z (..., D), any real numbers → codes (..., D) in [-1, 1], D = len(levels). No parameters.
 

@@ -7,14 +7,10 @@ video, and a player's keys take its place.
 
 What keeps the codes alive and makes them mean the same everywhere (docs/choices.md has numbers):
   * the encoder sees both frames of a pair in each patch, and how well the patch matches the last
-    frame shifted a little to each side (`matches`): which way a texture went is then an input
-  * the decoder shifts the patches of the last frame, then adds what is missing (`warp`). "A little
-    to the left" helps in every picture, "brighter on the right" in one
-  * the loss is relative to the error of copying the last frame: one setting serves a still game
-    and a moving camera
-  * actions are scaled to unit RMS before quantization, which keeps tanh out of saturation
-  * in training half of the action bits pass unrounded, so that gradients know where to move a code
-  * a bonus on the entropy of the joint code spreads its use; a variance penalty is a safety net
+    frame shifted a little to each side (`matches`); the decoder may shift patches too (`warp`)
+  * the loss is relative to copying the last frame: still games and moving cameras share settings
+  * actions are scaled to unit RMS before quantization, and half of their bits pass unrounded, so
+    that gradients know where to move a code; a bonus on the entropy of codes spreads their use
 """
 
 import torch
@@ -23,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.distributed import gather_ranks, mean_over_ranks, rand
-from models.fsq import FiniteScalarQuantizer
+from models.fsq import FiniteScalarQuantizer, log_statistics
 from models.patch_embed import PatchEmbedding, PatchUnembedding
 from models.st_transformer import SpatialPositions, SpatioTemporalTransformer, zero_init
 
@@ -93,7 +89,8 @@ class LatentActionsDecoder(nn.Module):
     DNA, arXiv:1605.07157, §3) and adds a correction; "change" only adds; "frame" draws the next
     frame from nothing. The transformer sees each patch with probability keep_rate, and the first
     frame always; the rest are mask tokens. keep_rate 1 is Genie's choice; with 0 and "frame" the
-    decoder sees the first frame and the actions only.
+    decoder sees the first frame and the actions only. masking "training": in evaluation all are
+    seen, though the decoder never learned from them.
     """
 
     def __init__(
@@ -105,11 +102,13 @@ class LatentActionsDecoder(nn.Module):
         context_length: int,
         keep_rate: float,
         kind: str,
+        masking: str = "always",
         **sizes: int,
     ):
         super().__init__()
         n_patches = (frame_size[0] // patch_size) * (frame_size[1] // patch_size)
         self.keep_rate, self.kind, self.patch_size = keep_rate, kind, patch_size
+        self.masking = masking
         self.embed = PatchEmbedding(patch_size, embed_dim)
         self.embed_action = nn.Linear(action_dim, embed_dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(embed_dim))
@@ -124,12 +123,13 @@ class LatentActionsDecoder(nn.Module):
 
     def mask(self, tokens: Tensor) -> Tensor:
         """Put the mask token into tokens (B, T-1, N, E), except the first frame and kept places."""
+        if self.masking == "training" and not self.training:
+            return tokens
         keep = rand(*tokens.shape[:3], device=tokens.device) < self.keep_rate  # (B, T-1, N)
         keep[:, 0] = True
         return torch.where(keep.unsqueeze(-1), tokens, self.mask_token.to(tokens.dtype))
 
     def forward(self, frames: Tensor, actions: Tensor) -> Tensor:
-        # masked in evaluation too: unmasked frames would be new to the decoder
         tokens = self.positions(self.mask(self.embed(frames)))  # (B, T-1, N, E)
         tokens = tokens + self.embed_action(actions).unsqueeze(2)
         tokens = self.transformer(tokens)
@@ -167,6 +167,7 @@ class LatentActionModel(nn.Module):
         encoder: str = "matches",
         decoder: str = "warp",
         keep_rate: float = 1.0,
+        masking: str = "always",
         unit_rms: bool = True,
         soft_rate: float = 0.5,
         entropy_lambda: float = 0.25,
@@ -183,7 +184,8 @@ class LatentActionModel(nn.Module):
         self.var_target, self.var_lambda = var_target, var_lambda
         self.encoder = LatentActionsEncoder(action_dim, kind=encoder, **sizes)
         self.quantizer = FiniteScalarQuantizer([2] * action_dim)
-        self.decoder = LatentActionsDecoder(action_dim, keep_rate=keep_rate, kind=decoder, **sizes)
+        how = dict(keep_rate=keep_rate, kind=decoder, masking=masking)
+        self.decoder = LatentActionsDecoder(action_dim, **how, **sizes)
 
     def latents(self, frames: Tensor) -> Tensor:
         """frames → actions before quantization (B, T-1, A), of unit RMS (if A > 1 and unit_rms)."""
@@ -214,16 +216,16 @@ class LatentActionModel(nn.Module):
         if self.training:
             soft = rand(*codes.shape, device=codes.device) < self.soft_rate
             bits = torch.where(soft, soft_bits, codes)
-        error = F.mse_loss(self.decoder(frames[:, :-1], bits), frames[:, 1:])
+        predicted = self.decoder(frames[:, :-1], bits)
+        error = F.mse_loss(predicted, frames[:, 1:])
         copy_error = mean_over_ranks(F.mse_loss(frames[:, :-1], frames[:, 1:]))
         copy_error = copy_error.clamp_min(1e-8)  # a still batch has none
         loss = error / copy_error + self.collapse_penalty(soft_bits)
         logs = {
             "error_over_copy": (error / copy_error).detach(),
             "codes_used": self.quantizer.codes_to_indices(codes.detach()).unique().numel(),
-            "bit_variance": soft_bits.detach().flatten(0, 1).var(dim=0, correction=0).mean(),
         }
-        return loss, logs
+        return loss, logs | log_statistics(soft_bits, predicted)
 
     def infer(self, frames: Tensor) -> Tensor:
         """frames (B, T, 3, H, W) → action indices (B, T-1)."""

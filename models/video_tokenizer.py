@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.fsq import FiniteScalarQuantizer
+from models.fsq import FiniteScalarQuantizer, log_statistics
 from models.patch_embed import PatchEmbedding, PatchUnembedding
 from models.st_transformer import SpatialPositions, SpatioTemporalTransformer
 
@@ -53,9 +53,11 @@ class VideoTokenizer(nn.Module):
     def forward(self, frames: Tensor) -> tuple[Tensor, dict]:
         """frames → (loss, logs): squared error, PSNR in dB, codes that this batch used."""
         codes = self._encode(frames)
-        loss = F.mse_loss(self._decode(codes).float(), frames)
+        rebuilt = self._decode(codes).float()
+        loss = F.mse_loss(rebuilt, frames)
         codes_used = self.quantizer.codes_to_indices(codes).unique().numel()
-        return loss, {"psnr": 10 * torch.log10(4 / loss.detach()), "codes_used": codes_used}
+        logs = {"psnr": 10 * torch.log10(4 / loss.detach()), "codes_used": codes_used}
+        return loss, logs | log_statistics(codes, rebuilt)
 
     def encode(self, frames: Tensor) -> Tensor:
         """frames (B, T, 3, H, W) in [-1, 1] → tokens (B, T, N)."""

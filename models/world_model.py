@@ -3,9 +3,8 @@
 A step costs the same for frame 10 and frame 10,000: both transformers that run while playing keep
 the keys and values of their last context_length - 1 finished frames and compute only the new one.
 This equals one pass over the whole history with a causal band of context_length frames in every
-layer. Clips in training are one band long, so an older frame has indirectly seen more past than any
-frame in training had. A step is the same work on the same memory each time and looks at no value,
-so on a GPU it can be captured as a CUDA graph.
+layer. A step is the same work on the same memory each time and looks at no value, so on a GPU it
+can be captured as a CUDA graph.
 """
 
 import copy

@@ -24,6 +24,7 @@ from utils.hardening import forecast
 from utils.hardening.steps import StepGuard, StopSignal
 from utils.log import TrainLog
 
+import h5py
 import pytest
 import torch
 from test_checkpoint import saved
@@ -149,6 +150,69 @@ def test_and_so_does_one_that_was_interrupted(recording, tmp_path):
     assert load_checkpoint(tmp_path / "stopped/lam.pt", "lam")["step"] == 7
     train("lam", tmp_path / "stopped", *data, "--resume")
     assert_the_same_training(tmp_path / "whole", tmp_path / "stopped", "lam")
+
+
+UNUSUAL = "--learning-rate 0.001 --batch-size 2 --seed 3 --accumulate 2 --grad-clip 0.1"
+
+
+def test_resume_alone_takes_every_setting_from_the_checkpoint(recording, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data-path", recording, *UNUSUAL.split()]
+    train("lam", "whole", *options)
+    train("lam", "cut", *options, cut=8)
+    train_lam.main(["--resume", "--out", "cut"])
+    assert_the_same_training("whole", "cut", "lam")
+
+
+def test_what_is_typed_beside_resume_is_said_and_applied_or_refused(
+    recording, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(recording, "moved.h5")
+    train("lam", "w", "--data-path", recording)
+    resume = ["--resume", "--out", "w"]
+    with h5py.File("other.h5", "w") as other, h5py.File(recording) as file:
+        other["frames"] = file["frames"][::-1]
+    before = Path("w/lam.pt").read_bytes()
+    for typed, message in [
+        ("--learning-rate 1", "learning_rate was 0.004, now it is 1.0; leave --learning-rate out"),
+        ("--batch-size 3", "batch_size was 8, now it is 3"),
+        ("--seed 1", "seed was 0, now it is 1"),
+        ("--preset cpu", "preset was tiny, now it is cpu"),
+        ("--minutes 5", "minutes was 0.0, now it is 5.0"),
+        ("--n-updates 11", "n_updates was 12, now it is 11"),
+        ("--n-actions 4", "n_actions was 8, now it is 4"),
+        ("--data-path other.h5", "it learned from other data .fingerprint"),
+    ]:
+        with pytest.raises(UserError, match=f"cannot resume w/lam.pt: {message}"):
+            train_lam.main([*resume, *typed.split()])
+    assert Path("w/lam.pt").read_bytes() == before
+    asked, lr_at = [], train_lam.lr_at
+    monkeypatch.setattr(train_lam, "lr_at", lambda *args: asked.append(args[:2]) or lr_at(*args))
+    train_lam.main([*resume, "--data-path", "moved.h5", "--n-updates", "16", "--save-every", "4"])
+    assert asked == [(12, 16), (13, 16), (14, 16), (15, 16)]  # the schedule is stretched
+    printed = capsys.readouterr().out
+    for line in (
+        f"resuming with --data-path moved.h5 (before: {recording})",
+        "resuming with --n-updates 16 (before: 12)",
+        "at step 12 of 16",
+    ):
+        assert line in printed
+    saved = load_checkpoint("w/lam.pt", "lam")
+    assert saved["step"] == saved["n_updates"] == 16 and saved["config"]["save_every"] == 4
+
+
+def test_an_older_checkpoint_can_be_resumed(recording, tmp_path):
+    whole, tmp_path = tmp_path / "whole", tmp_path / "cut"
+    train("lam", whole, "--data-path", recording)
+    train("lam", tmp_path, "--data-path", recording, cut=8)
+    saved = load_checkpoint(tmp_path / "lam.pt", "lam")
+    for name in ("data_fingerprint", "masking"):  # there were none
+        del saved["config"][name]
+    del saved["model_args"]["masking"]
+    save_checkpoint(tmp_path / "lam.pt", saved)
+    train_lam.main(["--resume", "--out", str(tmp_path)])
+    assert_the_same_training(whole, tmp_path, "lam")
 
 
 @pytest.mark.slow

@@ -22,11 +22,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from config import DynamicsConfig, TokenizerConfig, preset_values
+from config import PRESETS, DynamicsConfig, TokenizerConfig
 from utils.checkpoint import load_world
 from utils.cli import Parser, UserError, print_user_errors
 from utils.device import autocast_on, choose_device, parallelize
 from utils.hardening.files import make_folder
+from utils.hardening.settings import preset_values
 from utils.optimizer import count_parameters, make_optimizer
 
 import numpy as np
@@ -494,7 +495,7 @@ def sizes_to_measure(args, preset):
         if args.peer_size:
             return PEER[name]
         kind = DynamicsConfig if stage == "dynamics" else TokenizerConfig
-        return preset_values(preset, stage).get(name, getattr(kind, name))
+        return preset_values(PRESETS, preset, stage).get(name, getattr(kind, name))
 
     return settings
 
@@ -521,7 +522,7 @@ def main(argv=None):
     args = parse(argv)
     device = choose_device(args.device)
     preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
-    preset_values(preset, "tokenizer")  # report a mistake before minutes of measuring
+    preset_values(PRESETS, preset, "tokenizer")  # report a mistake before minutes of measuring
     if args.json:
         make_folder(Path(args.json).parent)
     if args.data_path:

@@ -19,10 +19,11 @@ import sys
 import time
 from pathlib import Path
 
-from config import preset_values
+from config import PRESETS
 from utils.checkpoint import build_model, load_checkpoint
 from utils.cli import Parser, UserError, print_user_errors
 from utils.hardening.files import make_folder
+from utils.hardening.settings import preset_values
 from utils.hardening.videos import DatasetWriter
 from utils.optimizer import count_parameters
 
@@ -163,7 +164,7 @@ def parse(argv):
     add("--preset", default="gpu", help="preset of the training scripts [gpu]")
     add("--json", required=True, metavar="FILE", help="results; a plot is saved beside them")
     args = parser.parse_args(argv)
-    preset_values(args.preset, "tokenizer")  # raises for an unknown one
+    preset_values(PRESETS, args.preset, "tokenizer")  # raises for an unknown one
     if min(args.minutes) <= 0 or min([*args.widths, args.n_updates]) < 1:
         raise UserError(
             f"--minutes {args.minutes}, --widths {args.widths} and --n-updates {args.n_updates}"

@@ -16,9 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from config import PRESETS, preset_values
+from config import PRESETS
 from utils.cli import Parser, UserError, print_user_errors
 from utils.device import choose_device
+from utils.hardening.settings import preset_values
 
 import torch
 
@@ -88,7 +89,7 @@ def main(argv=None):
     if args.game not in GAMES:
         raise UserError(f"unknown game {args.game!r}; there are {games}")
     preset = args.preset or ("gpu" if choose_device("auto").type == "cuda" else "cpu")
-    preset_values(preset, "tokenizer")  # raises for an unknown one
+    preset_values(PRESETS, preset, "tokenizer")  # raises for an unknown one
     out = Path(args.out or f"checkpoints/{args.game}")
 
     began, minutes, commit = time.perf_counter(), {}, git_commit()

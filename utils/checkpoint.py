@@ -83,9 +83,10 @@ def load_world(
     path: str | Path,
     device: str | torch.device = "cpu",
     capture: Callable | None = None,
+    file: str = "dynamics.pt",
     **settings: float | None,
 ) -> "WorldModel":
-    """The WorldModel in folder `path` (tokenizer.pt, lam.pt, dynamics.pt).
+    """The WorldModel in folder `path` (tokenizer.pt, lam.pt, and dynamics.pt or another `file`).
 
     settings: steps, temperature and seed; a missing one, or None, is the world's own.
     Raises CheckpointError if a file is missing or they do not fit together.
@@ -97,7 +98,7 @@ def load_world(
         raise CheckpointError(
             f"no world at {path}: it must be a folder with tokenizer.pt, lam.pt and dynamics.pt"
         )
-    dynamics = load_checkpoint(path / "dynamics.pt", "dynamics")
+    dynamics = load_checkpoint(path / file, "dynamics")
     saved = {"tokenizer": load_checkpoint(path / "tokenizer.pt", "tokenizer")}
     if "lam" in dynamics.get("inputs", {}):
         saved["lam"] = load_checkpoint(path / "lam.pt", "lam")
@@ -160,7 +161,7 @@ class CheckpointSaver:
             if saved["rng"]["cuda"] is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(saved["rng"]["cuda"])
         self.saved_step, self.best = saved["step"], best_loss(self.best_path)
-        self.n_updates = saved["n_updates"]
+        self.n_updates = max(saved["n_updates"], self.cfg.n_updates)
         print(
             f"resuming {self.path} at step {saved['step']:,} of {self.n_updates:,}, in"
             f" {getattr(self.cfg, 'dtype', None)} (before: {saved['config'].get('dtype')})"

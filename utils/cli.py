@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import errno
 import re
 import sys
 from typing import Any, NoReturn
@@ -23,13 +22,15 @@ def option(
     above: float | None = None,
     low: float | None = None,
     high: float | None = None,
+    bare: str | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
     above, low, high: the range of its values; above is exclusive, low and high are inclusive.
-    A default of None makes an option of the type that `above` or `low` has.
+    A default of None makes an option of the type that `above`, `low` or `bare` has.
+    bare: the value of the option when none is typed behind it.
     """
-    metadata = dict(help=help, choices=choices, above=above, low=low, high=high)
+    metadata = dict(help=help, choices=choices, above=above, low=low, high=high, bare=bare)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_fields(self, kind: type) -> None:
         """An option for each field of a dataclass. Options that are not typed are left out."""
-        for field in dataclasses.fields(kind):
+        for field in filter(lambda field: field.metadata, dataclasses.fields(kind)):
             self.add_argument(flag(field.name), default=argparse.SUPPRESS, **_argument(field))
 
 
@@ -66,6 +67,8 @@ def _argument(field) -> dict:
     if isinstance(default, tuple):
         return dict(type=integers, metavar="N,N,…", help=help)
     kind = type(default)
+    if metadata["bare"] is not None:
+        return dict(nargs="?", const=metadata["bare"], help=help)
     if default is None:
         limit = metadata["above"] if metadata["low"] is None else metadata["low"]
         kind = type(limit)
@@ -115,17 +118,6 @@ def parse_options(kind: type, description: str, argv: list[str] | None = None) -
 
 def print_user_errors() -> None:
     """From here on a UserError that nobody caught is one line on stderr and exit code 2."""
-    sys.excepthook = _print_error
+    from utils.hardening.errors import print_error  # here, because it needs this file
 
-
-def _print_error(kind, error, traceback):
-    text = str(error) if issubclass(kind, UserError) else ""
-    if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        place = error.filename or ""
-        text = f"cannot write {place} ({error.strerror}); make room, continue with --resume"
-    if text:
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
-    if kind is KeyboardInterrupt:
-        raise SystemExit(130)
-    sys.__excepthook__(kind, error, traceback)
+    sys.excepthook = print_error

@@ -47,9 +47,10 @@ class TrainLog:
         if rank() == 0:
             append_line(self.folder / "metrics.jsonl", line)
 
-    def latest(self, name: str) -> float:
-        """The newest number of that name, or nan."""
-        return next((line[name] for line in reversed(self.lines) if name in line), math.nan)
+    def latest(self, *names: str) -> dict[str, float]:
+        """STAGE/NAME → the newest of these numbers, of validation where there is one."""
+        seen = {name.removeprefix("val_"): x for line in self.lines for name, x in line.items()}
+        return {f"{self.folder.name}/{name}": seen[name] for name in names if name in seen}
 
     def picture(self, step: int, picture: np.ndarray) -> None:
         if rank() == 0:
@@ -80,6 +81,12 @@ def validation_logs(model: torch.nn.Module, batches: Sequence[tuple]) -> dict[st
                 means[f"val_{name}"] = means.get(f"val_{name}", 0.0) + mean
     model.train()
     return means
+
+
+def statistics_text(logs: dict) -> str:
+    """For the bar: how much latents vary, and where the model's outputs lie."""
+    variance, mean, std = (logs[n] for n in ("latent_variance", "output_mean", "output_std"))
+    return f", latents vary {variance:.2f}, outputs {mean:.2f} ± {std:.2f}"
 
 
 def data_option(cfg: Any) -> str:

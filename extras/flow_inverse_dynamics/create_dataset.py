@@ -4,8 +4,8 @@
     python -m extras.flow_inverse_dynamics.create_dataset --config $P/pendulum.json
 
 Reads the HDF5 file that the configuration names: `states` (N, S), `actions` (N, A) and
-`episode_starts`. Writes `s`, `a` and `s_next` to the same path, in which "sequence" becomes
-"inverse_dynamics". a (n, chunk, A) is the chunk of actions between the two states.
+`episode_starts`. Writes `s`, `a` and `s_next` to the same path, in which the folder "sequence"
+becomes "inverse_dynamics". a (n, chunk, A) is the chunk of actions between the two states.
 """
 
 from pathlib import Path
@@ -21,11 +21,15 @@ from extras.flow_inverse_dynamics.pendulum import Sequences, read_config
 
 
 def triplets_path(path: str | Path) -> Path:
-    if "sequence" not in str(path):
+    """The path with its folder "sequence", the last one of that name, as "inverse_dynamics"."""
+    *folders, name = Path(path).parts
+    if "sequence" not in folders:
         raise UserError(
-            f'the path {path} must contain "sequence", which becomes "inverse_dynamics"'
+            f'the path {path} must have a folder "sequence", which becomes "inverse_dynamics"'
         )
-    return Path(str(path).replace("sequence", "inverse_dynamics"))
+    last = len(folders) - 1 - folders[::-1].index("sequence")
+    folders[last] = "inverse_dynamics"
+    return Path(*folders, name)
 
 
 def read_arrays(path: str | Path, names: list[str]) -> list[np.ndarray]:

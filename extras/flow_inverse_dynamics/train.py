@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.checkpoint import CheckpointSaver, load_checkpoint
-from utils.cli import CheckpointError, UserError, option, parse_options, print_user_errors
+from utils.cli import CheckpointError, Parser, UserError, check_ranges, option, print_user_errors
 from utils.device import choose_device
-from utils.hardening.files import previous_of
+from utils.hardening.files import data_fingerprint, previous_of
+from utils.hardening.settings import resumed
 from utils.hardening.steps import StepGuard, StopSignal
 from utils.hardening.untrusted import rebuild_untrusted
 from utils.log import TrainLog, progress
@@ -53,6 +54,7 @@ class TrainConfig:
     seed: int = option(0, "fixes initial weights, batches and noise")
     device: str = option("auto", "auto, cpu or cuda")
     resume: bool = option(False, "continue from the checkpoint in --out")
+    data_fingerprint: str = ""  # of the triplets; not an option
 
 
 def load_triplets(path: str | Path) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,9 +109,18 @@ def batches(n: int, batch_size: int, epoch: int, seed: int) -> Tensor:
 
 
 def parse_config(argv: list[str] | None) -> TrainConfig:
-    """The command line, with the fields that the spine's optimizer and saver read."""
-    cfg = parse_options(TrainConfig, __doc__, argv)
-    cfg.device = str(choose_device(cfg.device))
+    """The command line, with the fields that the spine's optimizer and saver read.
+
+    With --resume the rest comes from the checkpoint.
+    """
+    parser = Parser(description=__doc__)
+    parser.add_fields(TrainConfig)
+    given = vars(parser.parse_args(argv))
+    device = choose_device(given.get("device", "auto"))
+    given = {"out": TrainConfig.out} | given | {"device": str(device)}
+    resume = given.get("resume")
+    cfg = resumed(TrainConfig, STAGE, given, device) if resume else TrainConfig(**given)
+    check_ranges(cfg)
     cfg.data_path = cfg.triplets
     if not cfg.triplets:
         cfg.data_path = str(triplets_path(read_config(cfg.dataset_config, Sequences).path))
@@ -139,12 +150,22 @@ def reflow_pairs(
     return torch.cat([model.sample(s, s_next, noise=noise) for s, s_next, noise in parts]), noise
 
 
+def saved_pairs(cfg: TrainConfig, path: Path) -> tuple[Tensor, Tensor] | None:
+    """The pairs of the run that is resumed: the model that made them is straightened by now."""
+    pairs = load_checkpoint(path, STAGE).get("pairs") if cfg.resume else None
+    return tuple(part.to(cfg.device) for part in pairs) if pairs else None
+
+
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(argv)
     torch.manual_seed(cfg.seed)
 
     # --- data, model and optimizer
-    s, a, s_next = (part.to(cfg.device) for part in load_triplets(cfg.data_path))
+    parts = load_triplets(cfg.data_path)
+    cfg.data_fingerprint = data_fingerprint(
+        torch.cat([part.flatten(1) for part in parts], 1).numpy()
+    )
+    s, a, s_next = (part.to(cfg.device) for part in parts)
     chunks = f"{a.shape[1]} × {a.shape[2]}"
     print(f"data: {len(s):,} triplets, states of {s.shape[1]} numbers, chunks of {chunks}")
     model, model_args = build_flow(cfg, s, a, s_next)
@@ -161,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     guard = StepGuard(log, start_step)
 
     # --- loop
-    done, pairs = start_step, None
+    done, pairs = start_step, saved_pairs(cfg, saver.path)
     bar = progress(start_step, n_updates, "flow")
     for step in bar:
         rows = batches(len(s), cfg.batch_size, step // per_epoch, cfg.seed)[step % per_epoch]
@@ -184,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
             log.write(done, loss=loss.detach(), grad_norm=grad_norm)
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         if last or done == flow_updates:
-            saver.save(done, log, guard)
+            saver.save(done, log, guard, pairs=pairs)
         if last:
             break
 

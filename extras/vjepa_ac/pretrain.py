@@ -12,6 +12,7 @@ feature_std and effective_rank of the target encoder.
 """
 
 import copy
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 from utils.checkpoint import CheckpointSaver, load_checkpoint
 from utils.cli import Parser, UserError, check_ranges, option, print_user_errors
 from utils.device import choose_device, parallelize, set_up
+from utils.hardening.files import files_fingerprint
+from utils.hardening.settings import resumed
 from utils.hardening.steps import StepGuard, StopSignal
 from utils.log import TrainLog, progress
 from utils.optimizer import count_parameters, lr_at, make_optimizer, set_lr
@@ -43,6 +46,7 @@ from extras.vjepa_ac.vpt import Clips, ProcessVPT, batches, find_shards
 from models.distributed import n_ranks
 
 STAGE = "pretrain"
+STAGES = {"pretrain": STAGE, "train": "action_predictor"}  # script → checkpoint
 
 
 class Pretraining(nn.Module):
@@ -142,18 +146,23 @@ def parse(kind: type, stage: str, description: str, argv: list[str] | None) -> A
     parser.add_fields(kind)
     given = vars(parser.parse_args(argv))
     data, out = given.pop("data"), given.pop("out")
-    cfg = kind(**SIZES[given.get("size", "vit-l")][stage] | given)
+    device = choose_device(given.get("device", "auto"))
+    if given.get("resume"):
+        cfg = resumed(kind, STAGES[stage], {"out": out, **given}, device)
+    else:
+        cfg = kind(**SIZES[given.get("size", "vit-l")][stage] | given)
     check_ranges(cfg)
     if cfg.num_frames % TUBELET:
         raise UserError(f"--num-frames must be even, got {cfg.num_frames}: a tubelet has {TUBELET}")
-    cfg.data, cfg.out, cfg.device = data, out, str(choose_device(cfg.device))
+    cfg.data, cfg.out, cfg.device = data, out, str(device)
+    cfg.data_path, cfg.data_fingerprint = " ".join(data), files_fingerprint(find_shards(data))
     cfg.accumulate, cfg.compile, cfg.recompute = 1, False, False
     return cfg
 
 
 def reader_settings(cfg: VideoConfig) -> dict:
     """A resumed stream continues with the next clip only if none of these has changed."""
-    names = ("data", "num_frames", "fps", "every", "buffer", "mirror", "workers", "seed")
+    names = ("num_frames", "fps", "every", "buffer", "mirror", "workers", "seed")
     return {name: getattr(cfg, name) for name in names} | {"processes": n_ranks()}
 
 
@@ -164,7 +173,12 @@ class Stream:
     """
 
     def __init__(
-        self, cfg: VideoConfig, process: ProcessVPT, shards: list[str], passed: dict | None = None
+        self,
+        cfg: VideoConfig,
+        process: ProcessVPT,
+        shards: list[str],
+        passed: dict | None = None,
+        n_batches: int = 0,
     ):
         self.passed, self.device = dict(passed or {}), cfg.device
         self.waited, self.began = 0.0, time.perf_counter()
@@ -177,6 +191,7 @@ class Stream:
             max_problems=cfg.max_problems,
             passed=self.passed,
             mirror=cfg.mirror,
+            n_batches=n_batches,
         )
         self.batches = batches(clips, cfg.batch_size, cfg.workers)
 
@@ -213,7 +228,7 @@ def resume_stream(
 ) -> Stream:
     """The clips of this training run; with --resume from the next unseen one on."""
     passed = load_checkpoint(saver.path, saver.stage)["passed"] if start_step else None
-    return Stream(cfg, process, shards, passed)
+    return Stream(cfg, process, shards, passed, start_step)
 
 
 # --- training --------------------------------------------------------------------------------
@@ -232,7 +247,8 @@ def model_args_of(cfg: PretrainConfig) -> dict:
 
 def describe_features(log: TrainLog, width: int) -> None:
     """Print in one line whether the features have collapsed."""
-    std, rank = log.latest("feature_std"), log.latest("effective_rank")
+    found = log.latest("feature_std", "effective_rank").values()
+    std, rank = found if len(found) == 2 else (math.nan, math.nan)
     remedy = ""
     if std < 0.1 or rank < 5:
         remedy = (

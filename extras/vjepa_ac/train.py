@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from extras.vjepa_ac.model import SIZES, TUBELET, ActionPredictor, Encoder, load_encoder, losses
 from extras.vjepa_ac.pretrain import (
+    STAGES,
     Pretraining,
     VideoConfig,
     parse,
@@ -37,7 +38,7 @@ from extras.vjepa_ac.pretrain import (
 )
 from extras.vjepa_ac.vpt import Problems, ProcessVPT, find_shards, statistics
 
-STAGE = "action_predictor"
+STAGE = STAGES["train"]
 
 
 class ActionTraining(nn.Module):

@@ -412,6 +412,7 @@ class Clips(torch.utils.data.IterableDataset):
     epochs: passes over the shards, or None for an endless stream
     mirror: share of the clips that are mirrored
     passed: {worker: position}, where a resumed stream continues
+    n_batches: how many batches came before it; workers take turns, so this says whose turn it is
 
     A sample has three more entries: the `name` of its recording, its `worker`, and its `position`
     among the clips of that worker, counted from 1.
@@ -428,10 +429,11 @@ class Clips(torch.utils.data.IterableDataset):
         max_problems: int = 100,
         passed: dict[str, int] | None = None,
         mirror: float = 0.0,
+        n_batches: int = 0,
     ):
         self.shards, self.process, self.every, self.buffer = shards, process, every, buffer
         self.seed, self.epochs, self.mirror = seed, epochs, mirror
-        self.max_problems, self.passed = max_problems, passed or {}
+        self.max_problems, self.passed, self.n_batches = max_problems, passed or {}, n_batches
         self.rank, self.n_ranks = rank(), n_ranks()
 
     def _rng(self, *numbers):
@@ -440,7 +442,8 @@ class Clips(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         id, n = (worker.id, worker.num_workers) if worker else (0, 1)
-        mine, readers = self.rank * n + id, self.n_ranks * n
+        # a DataLoader asks its process 0 first, so that becomes the reader whose turn it is
+        mine, readers = self.rank * n + (id + self.n_batches) % n, self.n_ranks * n
         if len(self.shards) < readers:
             raise UserError(
                 f"{len(self.shards)} shards for {readers} readers;"

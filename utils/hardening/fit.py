@@ -90,7 +90,7 @@ def action_names(table: list[dict], dynamics: dict) -> list[str]:
 
 
 def check_same(path: Path, cfg: Any, saved: dict, same: dict[str, dict]) -> None:
-    """Raise UserError if the run in cfg is another than the one that `saved` belongs to.
+    """Raise UserError if `saved` belongs to another run than the one that resumes it.
 
     same: entries of the checkpoint (model_args, inputs) that must not have changed.
     """
@@ -104,21 +104,19 @@ def check_same(path: Path, cfg: Any, saved: dict, same: dict[str, dict]) -> None
         raise CheckpointError(
             f"cannot resume {path}: it does not say how far it is; train it again"
         )
-    settings = vars(cfg)
-    config = {name: settings[name] for name in ("optimizer", "actions") if name in settings}
-    for kind, values in {**same, "config": config}.items():
+    for kind, values in same.items():
         for name, now in values.items():
-            was = saved[kind].get(name)
+            was = saved[kind].get(name, now)  # an older file has no word of a newer option
             if was != now:
                 raise UserError(
                     f"cannot resume {path}: {name} was {was}, now it is {now};"
                     " set it as it was, or leave out --resume"
                 )
-    planned = saved["n_updates"]
-    if cfg.n_updates not in (0, planned):
+    was, now = saved["config"].get("data_fingerprint"), cfg.data_fingerprint
+    if was and was != now:  # older checkpoints do not know theirs
         raise UserError(
-            f"cannot resume {path}: it was planned for {planned} updates,"
-            f" not {cfg.n_updates}; use that"
+            f"cannot resume {path}: it learned from other data (fingerprint {was}) than"
+            f" {cfg.data_path} holds ({now}); give --data-path as it was, or leave out --resume"
         )
 
 

@@ -172,8 +172,12 @@ def fits(dry_run: Callable) -> bool:
         return False
 
 
-def plan_updates(cfg: Any, model: torch.nn.Module, train: Any, dry_run: Callable) -> int:
-    """How many updates the budget in cfg is. Raises UserError if a step needs too much memory."""
+def plan_updates(cfg: Any, model: torch.nn.Module, train: Any, *step: Any) -> int:
+    """How many updates the budget in cfg is. Raises UserError if a step needs too much memory.
+
+    step: network, optimizer, autocast and get_batch, of which a step is made.
+    """
+    dry_run = dry_run_of(*step, train)
     check_training(cfg, model, train, dry_run)
     return updates_for_budget(cfg, train, dry_run)
 

@@ -65,6 +65,11 @@ def load_frozen(cfg: Any, clips: Any, device: torch.device) -> Frozen:
         raise UserError(
             f"{paths['tokenizer']} is for frames of {frame_size}, the data has {clips.frame_size}"
         )
+    if cfg.latent_dim not in (0, len(sizes["levels"])):
+        raise UserError(
+            f"--latent-dim {cfg.latent_dim}, but the tokens of {paths['tokenizer']} have"
+            f" {len(sizes['levels'])} dimensions; give that, or leave it out"
+        )
     models = {name: build_model(saved[name], paths[name]).to(device) for name in saved}
     lam = models.get("lam")
     return Frozen(
