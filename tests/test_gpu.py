@@ -153,7 +153,7 @@ def test_from_a_recording_to_a_film(device, recording, tmp_path):
         train(stage, out, *options)
     few = ["--clips", "8", "--classifier-updates", "2", "--val-fraction", "0.5"]
     report = validate.main(["--checkpoint", out, *options, *few])
-    for name in ("lam/nmi_ceiling", "dynamics/delta_psnr_t4"):
+    for name in ("lam/nmi_classifier", "dynamics/delta_psnr_t4"):
         assert math.isfinite(report[name])
     gif = str(tmp_path / "film.gif")
     shown = ["--actions", "0,1,2,3", "--save", gif]

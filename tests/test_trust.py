@@ -172,7 +172,7 @@ def test_what_is_typed_beside_resume_is_said_and_applied_or_refused(
     train("lam", "w", "--data-path", recording)
     resume = ["--resume", "--out", "w"]
     with h5py.File("other.h5", "w") as other, h5py.File(recording) as file:
-        other["frames"] = file["frames"][::-1]
+        other["frames"] = file["frames"][:][::-1]
     before = Path("w/lam.pt").read_bytes()
     for typed, message in [
         ("--learning-rate 1", "learning_rate was 0.004, now it is 1.0; leave --learning-rate out"),

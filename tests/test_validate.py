@@ -42,7 +42,7 @@ def test_every_metric_of_every_stage(world_dir, tmp_path, monkeypatch, clips):
     monkeypatch.setattr(stages, "FVD_CLIPS", min(clips, stages.FVD_CLIPS))
     out, images = tmp_path / "deep" / "report.json", tmp_path / "images"
     options = ["--checkpoint", world_dir, "--use-dummy-data", "--val-fraction", "0.65"]
-    options += ["--clips", str(clips), "--steps", "1", "--classifier-updates", "30"]
+    options += ["--clips", str(clips), "--steps", "1", "--classifier-updates", "100"]
     validate.main([*options, "--save-images", str(images), "--json", str(out)])
     report = json.loads(out.read_text())
     assert set(EXPECTED) <= set(report) and "dynamics/fvd_i3d" not in report

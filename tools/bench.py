@@ -291,11 +291,7 @@ def bench_age(models, cfg, device, age):
 
 
 def bench_growth(device):
-    """Time of one pass for a new frame (E 128, 4 blocks), for T frames in the window, N patches.
-
-    The fit a + b·T says where attention over time takes over: b·T = a. The fit a + b·N + c·N² says
-    where attention in space does: c·N² = b·N.
-    """
+    """Time of one pass for a new frame (E 128, 4 blocks), for T frames in the window, N patches."""
     times = {}
     for T, N in [(8, 64), (16, 64), (32, 64), (64, 64), (8, 256), (8, 1024)]:
         model = SpatioTemporalTransformer(128, 512, 4, 4, T).to(device).eval()
@@ -310,12 +306,9 @@ def bench_growth(device):
             )
     T, N = np.array([8, 16, 32, 64]), np.array([64, 256, 1024])
     over_T, over_N = np.array([times[t, 64] for t in T]), np.array([times[8, n] for n in N])
-    (slope, start), (square, linear, _) = np.polyfit(T, over_T, 1), np.polyfit(N, over_N, 2)
     return {f"growth/pass_T{t}_N{n}_ms": 1e3 * value for (t, n), value in times.items()} | {
         "growth/exponent_T": float(np.polyfit(np.log(T), np.log(over_T), 1)[0]),
         "growth/exponent_N": float(np.polyfit(np.log(N), np.log(over_N), 1)[0]),
-        "growth/time_takes_over_at_T": float(start / slope),
-        "growth/space_takes_over_at_N": float(linear / square),
     }
 
 

@@ -59,7 +59,7 @@ LICENCES = {
     "procgen": "the pictures are Procgen's (MIT)",
 }
 SHOWN = """tokenizer/psnr tokenizer/psnr_changing tokenizer/codebook_usage lam/actions_used
-lam/largest_share lam/nmi lam/nmi_ceiling lam/accuracy lam/majority dynamics/rollout_psnr_t1
+lam/largest_share lam/nmi lam/nmi_classifier lam/accuracy lam/majority dynamics/rollout_psnr_t1
 dynamics/rollout_psnr_t4 dynamics/copy_psnr_t4 dynamics/rollout_psnr_t16 dynamics/copy_psnr_t16
 dynamics/temperature dynamics/delta_psnr_t4 dynamics/delta_psnr_null_t4 dynamics/fvd_smallnet
 dynamics/fvd_smallnet_copy""".split()

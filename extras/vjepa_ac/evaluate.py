@@ -206,10 +206,15 @@ def tables(report: dict) -> list[str]:
     for title, key, blind in USES:
         cells = [shown(key.format(kind)) for kind in kinds]
         second.append(row(title, [*cells, shown(blind) if blind else "0"]))
-    third = ["| | within 10° of the goal | mean error, degrees |", "|---|---|---|"]
+    trials = f"{report['planning/trials']:.0f}"
+    third = [
+        f"| {trials} goals | within 10° of it | 95 % interval | mean error, degrees |",
+        "|---|---|---|---|",
+    ]
     for name in ("plan", "random turns", "standing still"):
+        share, low, high = (f"planning/{name}/{key}" for key in ("success", "low", "high"))
         degrees = f"{report[f'planning/{name}/error_degrees']:.0f}"
-        third.append(row(name, [shown(f"planning/{name}/success"), degrees]))
+        third.append(row(name, [shown(share), f"{shown(low)} – {shown(high)}", degrees]))
     return ["\n".join(table) for table in (first, second, third)]
 
 

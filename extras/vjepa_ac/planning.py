@@ -150,6 +150,14 @@ def turn_to_goal(
             mouse = plan(predictor, process, *known, goal, steps - step, rng=rng)[0][0]
 
 
+def wilson_interval(n_good: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share, of which n_good of n trials were seen (Wilson, 1927)."""
+    share, z2 = n_good / n, 1.96**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
+    return middle - half, middle + half
+
+
 def success(
     encoder: Encoder,
     predictor: ActionPredictor,
@@ -161,7 +169,8 @@ def success(
 ) -> dict[str, float]:
     """Turn to a goal picture in `steps` actions, by plan, by random turns and by standing still.
 
-    → of each: share of trials that end within `tolerance` degrees, and mean error in degrees.
+    → of each: share of trials that end within `tolerance` degrees, with the ends of its 95 %
+    interval, and mean error in degrees.
 
     The goal is the view after random turns to one side. Then the game is reset to the same initial
     view, from which the planner must reach the goal.
@@ -186,8 +195,10 @@ def success(
         turn_to_goal(task, predictor, goal, steps, rng)
         errors["plan"].append(task.angle_to(wanted))
     task.game.close()
-    report = {}
+    report = {"trials": trials}
     for name, values in errors.items():
-        report[f"{name}/success"] = float(np.mean(np.array(values) <= tolerance))
+        n_good = int(np.sum(np.array(values) <= tolerance))
+        report[f"{name}/success"] = n_good / trials
+        report[f"{name}/low"], report[f"{name}/high"] = wilson_interval(n_good, trials)
         report[f"{name}/error_degrees"] = float(np.mean(values))
     return report

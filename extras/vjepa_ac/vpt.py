@@ -237,7 +237,8 @@ class ProcessVPT:
         video, actions = np.stack(frames), self.actions(ticks, start)
         states = ticks.state[first_ticks]
         if mirrored:
-            video, states = video[:, :, ::-1], states * np.float32([-1, 1])
+            video = video[:, :, ::-1]
+            states = np.stack([wrap(-states[:, 0]), states[:, 1]], axis=1)
             actions[:, [0, 2]] *= -1
             actions[:, SIDES] = actions[:, SIDES[::-1]]
         actions, states = self.standardise(actions, states)
