@@ -52,11 +52,10 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
 
 
 class TemporalCache:
-    """Keys and values of the last context_length - 1 finished frames of one block.
+    """Keys and values (B·N, heads, context_length - 1, d) of the last finished frames of one block.
 
-    Each is (B·N, heads, context_length - 1, d) from the first frame on; frames that are not there
-    yet are masked. So every step is the same work and can be captured as one CUDA graph. Keys are
-    kept twice: as they came, and rotated by their place in the window, so angles do not grow.
+    Frames that are not there yet are masked, so every step is the same work, and one CUDA graph.
+    Keys are kept twice: as they came, and rotated by their place in the window: small angles.
     """
 
     def __init__(self, context_length: int, device: torch.device | None = None):
@@ -78,6 +77,8 @@ class TemporalCache:
         if self.keys is None:
             shape = (*keys.shape[:2], n, keys.shape[3])
             self.keys, self.rotated, self.values = (keys.new_zeros(shape) for _ in range(3))
+        kept = (self.keys, self.rotated, self.values)  # autocast may come and go between frames
+        self.keys, self.rotated, self.values = (part.to(keys.dtype) for part in kept)
         all_keys = torch.cat([self.rotated, rotated], dim=2)
         all_values = torch.cat([self.values, values], dim=2)
         if finished:  # in place, because a captured graph reads the same memory again

@@ -3,6 +3,7 @@
 `options` is a play.PlayOptions.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def load_starts(options, world: WorldModel) -> np.ndarray:
     """The initial clips that the options ask for, uint8 (n, T, H, W, 3)."""
     H, W = world.frame_size
     if options.frame:
+        if not os.path.exists(options.frame):
+            raise UserError(f"no such file: {options.frame}; check --frame")
         picture = cv2.imread(options.frame)
         if picture is None:
             raise UserError(

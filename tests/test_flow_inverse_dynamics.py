@@ -153,6 +153,48 @@ def test_from_sequences_to_a_trained_flow_and_back(tmp_path, monkeypatch):
     refuse_what_does_not_fit(options)
 
 
+def test_reflow_stopped_in_its_middle_continues_with_the_same_pairs(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    with h5py.File(tmp_path / "triplets.h5", "w") as file:
+        file["s"], file["s_next"] = rng.normal(size=(2, 256, 2))
+        file["a"] = rng.normal(size=(256, 1, 1))
+    sizes = {"down_dims": [8, 16], "diffusion_step_embed_dim": 8, "num_inference_steps": 4}
+    (tmp_path / "model.json").write_text(json.dumps(sizes))
+    options = ["--triplets", str(tmp_path / "triplets.h5"), "--batch-size", "64"]
+    options += ["--model-config", str(tmp_path / "model.json")]
+    options += ["--num-epochs", "2", "--reflow-epochs", "3", "--learning-rate", "1e-2"]
+
+    class StopInReflow(train.StepGuard):
+        def is_finite(self, step, *args, **more):
+            self.log.stop.received = step == 13  # of 20; reflow begins at 8
+            return super().is_finite(step, *args, **more)
+
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    train.main([*options, "--out", whole])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StepGuard", StopInReflow)
+        train.main([*options, "--out", parts])
+    name = "flow_inverse_dynamics.pt"
+    assert torch.load(f"{parts}/{name}")["step"] == 14
+    train.main(["--out", parts, "--resume"])
+    one, two = (torch.load(f"{folder}/{name}")["model"] for folder in (whole, parts))
+    assert all(torch.equal(weight, two[key]) for key, weight in one.items())
+
+
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        ("data/sequence/p.h5", "data/inverse_dynamics/p.h5"),
+        ("/home/sequence_lab/data/sequence/p.h5", "/home/sequence_lab/data/inverse_dynamics/p.h5"),
+        ("/sequence/a/sequence/b/sequence.h5", "/sequence/a/inverse_dynamics/b/sequence.h5"),
+    ],
+)
+def test_only_the_folder_called_sequence_is_renamed(path, expected):
+    assert create_dataset.triplets_path(path) == Path(expected)
+    with pytest.raises(UserError, match='must have a folder "sequence"'):
+        create_dataset.triplets_path("data/sequences/sequence.h5")
+
+
 def refuse_what_does_not_fit(options):
     for wrong, message in [
         (
@@ -179,13 +221,14 @@ def refuse_what_does_not_fit(options):
 
 
 def test_bad_data_and_configurations(tmp_path):
-    with h5py.File(tmp_path / "sequence.h5", "w") as file:
+    (tmp_path / "sequence").mkdir()
+    with h5py.File(tmp_path / "sequence" / "p.h5", "w") as file:
         file["states"] = np.array([[0.0], [np.nan], [1.0]])
         file["actions"] = np.zeros((3, 1))
-    good = {"path": str(tmp_path / "sequence.h5")}
+    good = {"path": str(tmp_path / "sequence" / "p.h5")}
     missing = "has no episode_starts; it needs states, actions, episode_starts"
     unknown = "has the unknown key 'wind'; there are path, system"
-    elsewhere = {"path": "none/sequence.h5"}
+    elsewhere = {"path": "none/sequence/p.h5"}
     for values, call, message in [
         (good, create_dataset.main, missing),
         (good | {"wind": 1}, create_dataset.main, unknown),
@@ -193,13 +236,13 @@ def test_bad_data_and_configurations(tmp_path):
         ({}, pendulum.main, "lacks the key 'path'"),
         (good | {"shift": {"colour": 1}}, pendulum.main, "the pendulum has no colour"),
         (good | {"system": "cart"}, pendulum.main, "unknown system 'cart'"),
-        ({"path": "x.h5"}, create_dataset.main, 'must contain "sequence"'),
-        (elsewhere, create_dataset.main, "there is no dataset at none/sequence.h5"),
+        ({"path": "x.h5"}, create_dataset.main, 'must have a folder "sequence"'),
+        (elsewhere, create_dataset.main, "there is no dataset at none/sequence/p.h5"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(UserError, match=message):
             call(["--config", str(tmp_path / "config.json")])
-    with h5py.File(tmp_path / "sequence.h5", "a") as file:
+    with h5py.File(tmp_path / "sequence" / "p.h5", "a") as file:
         file["episode_starts"] = np.array([0])
     (tmp_path / "config.json").write_text(json.dumps(good))
     with pytest.raises(UserError, match="states holds NaN or infinity in 1 rows"):

@@ -260,7 +260,7 @@ def test_bad_input(world_dir, tmp_path, monkeypatch):
         (["--replay", "x", *save, "--steps", "3"], "a saved run holds its own"),
         (["--beside", world_dir], "--beside needs --web or --export-web"),
         ([*one, *save, "--frame", text], "not a picture that can be read"),
-        ([*one, *save, "--frame", f"{none}.png"], "not a picture that can be read"),
+        ([*one, *save, "--frame", f"{none}.png"], "no such file: .*; check --frame"),
         ([*one, "--save", f"{text}/x.gif"], "cannot write to .*text.png"),
         ([*one, *save, "--checkpoint", none], "no world at .*none"),
     ]:

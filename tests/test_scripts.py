@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from config import PRESETS, LatentActionConfig, parse_config
+from config import PRESETS, DynamicsConfig, LatentActionConfig, TokenizerConfig, parse_config
 from utils.checkpoint import CheckpointSaver, build_model, load_checkpoint, load_world
 from utils.cli import CheckpointError, UserError
 from utils.hardening.forecast import updates_for_budget
@@ -23,8 +24,11 @@ import train_dynamics
 import train_lam
 import train_tokenizer
 from data_utils import Batches, Clips, Dataset, dummy_world, to_float
+from evaluation.metrics import print_warnings
 from models.dynamics import DynamicsModel
+from models.fsq import log_statistics
 from models.latent_action_model import LatentActionModel
+from models.next_latent import NextLatentModel
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"tokenizer": train_tokenizer, "lam": train_lam, "dynamics": train_dynamics}
@@ -150,6 +154,103 @@ def test_true_actions_and_the_squared_error_objective(world_dir, tmp_path):
     )
     assert weights(tmp_path / "mse", "dynamics")["model_args"]["objective"] == "mse"
     assert (tmp_path / "mse" / "lam.pt").exists()  # the world is complete
+
+
+TEXTS = dict(context_length=4, batch_size=32, embed_dim=128, hidden_dim=512, n_heads=4, n_blocks=2)
+TEXTS |= dict(optimizer="adamw", learning_rate=1e-4, n_updates=10_000, frame_size=128)
+LAM_TEXTS = dict(n_actions=8, encoder="frames", decoder="frame", keep_rate=0.0)
+LAM_TEXTS |= dict(masking="training", latent_norm="none", soft_rate=0.0, entropy_lambda=0.0)
+
+
+def test_the_article_preset_is_what_the_texts_say_and_trains(tmp_path):
+    own = {TokenizerConfig: dict(patch_size=8, levels=(4,) * 5), LatentActionConfig: LAM_TEXTS}
+    own[DynamicsConfig] = dict(context="masked", token_kernel=1)
+    options = ["--use-dummy-data", "--preset", "article", "--out", str(tmp_path)]
+    for stage, kind in zip(SCRIPTS, own, strict=True):
+        cfg = vars(parse_config(kind, stage, "", options))
+        assert {name: cfg[name] for name in TEXTS | own[kind]} == TEXTS | own[kind]
+    for script in SCRIPTS.values():
+        script.main([*options, "--n-updates", "1", "--batch-size", "2"])
+    world = load_world(tmp_path)
+    world.reset(world.start_frames[0])
+    assert world.step(0).shape == (64, 64, 3)
+
+
+def test_the_decoder_of_the_texts_sees_all_frames_in_evaluation_only():
+    x = torch.rand(1, 4, 3, 16, 16) * 2 - 1
+    sizes = dict(frame_size=[16, 16], patch_size=8, embed_dim=32, hidden_dim=64, n_heads=2)
+    for masking, same in (("always", True), ("training", False)):
+        torch.manual_seed(0)
+        how = dict(n_blocks=1, context_length=4, n_actions=4, keep_rate=0.0, masking=masking)
+        model = LatentActionModel(**sizes, **how, encoder="frames", decoder="frame")
+        for weight in model.parameters():  # some begin at zero, and nothing would show
+            weight.data.add_(0.1 * torch.randn_like(weight))
+        actions, other = torch.zeros(1, 3, dtype=torch.long), x.clone()
+        other[:, 1] = -other[:, 1]  # any frame but the first is hidden where masked
+        for training in (True, False):
+            model.train(training)
+            one, two = (model.predict(frames, actions)[:, 1:] for frames in (x, other))
+            assert torch.equal(one, two) == (training or same)
+
+
+def test_latent_dim_is_a_short_form_of_levels(world_dir, tmp_path):
+    options = ["--use-dummy-data", "--out", str(tmp_path)]
+    cfg = parse_config(TokenizerConfig, "tokenizer", "", [*options, "--latent_dim", "3"])
+    assert cfg.levels == (4, 4, 4)
+    with pytest.raises(UserError, match="(?s)latent-dim.*7.*5"):
+        train_dynamics.main(
+            [*TINY, "--out", str(tmp_path), "--latent-dim", "7"]
+            + ["--video-tokenizer-path", f"{world_dir}/tokenizer.pt"]
+            + ["--lam-path", f"{world_dir}/lam.pt"]
+        )
+
+
+def test_without_out_the_world_is_named_after_the_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_lam.main(["--use-dummy-data", "--num-epochs", "0.001", "--preset", "tiny"])
+    assert "into checkpoints/dummy" in capsys.readouterr().out
+    assert Path("checkpoints/dummy/lam.pt").exists()
+    Path("my game.mp4").touch()
+    for name in ("my game.mp4", "../" + tmp_path.name):  # a file; a folder
+        cfg = parse_config(LatentActionConfig, "lam", "", ["--data-path", name])
+        assert cfg.out == f"checkpoints/{Path(name).stem}"
+
+
+def test_the_squared_error_adds_the_lams_own_codes():
+    sizes = dict(grid=[2, 2], levels=[4, 4], n_actions=8, embed_dim=16, hidden_dim=32, n_heads=2)
+    sizes |= dict(n_blocks=1, context_length=4, token_kernel=1)
+    model = NextLatentModel(**sizes, action_codes=True)
+    added = model.embed_action(torch.arange(8))  # (8, E): a linear map of three bits
+    assert torch.allclose(added[0] + added[7], added[3] + added[4], atol=1e-6)
+    assert not torch.allclose(added[0], added[7])
+    older = NextLatentModel(**sizes)  # checkpoints made before this had a vector per action
+    assert older.embed_action.weight.shape == (9, 16)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_latents_and_outputs_are_described_every_ten_steps(world_dir, stage):
+    lines = (Path(world_dir) / stage / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == [*range(10, steps[-1], 10), steps[-1]]
+    names = ("latent_variance", "output_mean", "output_std")
+    assert all(math.isfinite(line[name]) for line in lines if "loss" in line for name in names)
+
+
+def test_the_statistics_of_a_log_are_numpys():
+    latents, outputs = torch.randn(4, 3, 5), torch.randn(7, 2)
+    found = log_statistics(latents, outputs)
+    variance = latents.reshape(-1, 5).numpy().var(axis=0).mean()
+    assert float(found["latent_variance"]) == pytest.approx(variance, rel=1e-5)
+    assert float(found["output_mean"]) == pytest.approx(outputs.numpy().mean(), abs=1e-6)
+    assert float(found["output_std"]) == pytest.approx(outputs.numpy().std(ddof=1), rel=1e-5)
+
+
+def test_latents_without_variance_have_the_remedy_of_the_texts(capsys):
+    print_warnings({"lam/latent_variance": 0.01})
+    assert "--var-lambda" in capsys.readouterr().out
+    print_warnings({"lam/latent_variance": 0.5})
+    assert capsys.readouterr().out == ""
 
 
 def test_settings_come_from_the_command_line_then_the_preset_then_the_default(capsys):

@@ -48,6 +48,19 @@ def test_cached_frames_equal_one_banded_pass():
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
 
 
+def test_a_cache_that_was_begun_under_autocast_is_precise_again_without_it():
+    model, x = transformer(), torch.randn(2, 5, 5, 32)
+    cache, plain = model.new_cache(), model.new_cache()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x[:, :2], cache=cache, finished=True)
+    assert cache[0].keys.dtype == torch.bfloat16
+    model(x[:, :2], cache=plain, finished=True)
+    for t in range(2, 5):  # the three frames that a cache of four keeps
+        one, two = (model(x[:, t : t + 1], cache=c, finished=True) for c in (cache, plain))
+        assert torch.allclose(one, two, atol=0.05)  # the past was kept
+    assert torch.equal(cache[0].keys, plain[0].keys)  # float32 again
+
+
 def test_adaln_with_zero_projection_is_the_plain_norm():
     x, cond = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 8)
     norm = AdaLN(16, cond_dim=8)

@@ -176,7 +176,7 @@ def test_what_is_typed_beside_resume_is_said_and_applied_or_refused(
     before = Path("w/lam.pt").read_bytes()
     for typed, message in [
         ("--learning-rate 1", "learning_rate was 0.004, now it is 1.0; leave --learning-rate out"),
-        ("--batch-size 3", "batch_size was 8, now it is 3"),
+        ("--batch-size 3", "batch_size was 4, now it is 3"),
         ("--seed 1", "seed was 0, now it is 1"),
         ("--preset cpu", "preset was tiny, now it is cpu"),
         ("--minutes 5", "minutes was 0.0, now it is 5.0"),

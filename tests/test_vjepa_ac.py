@@ -300,6 +300,37 @@ def test_each_clip_comes_once_however_many_read_it(shards, monkeypatch):
         list(clips())
 
 
+@pytest.mark.parametrize("stopped_after", [1, 2, 3])
+def test_two_readers_resume_with_the_one_whose_turn_it_is(shards, stopped_after):
+    def stream(passed=None, n_batches=0):
+        settings = dict(every=20, buffer=5, seed=3, mirror=0.5)
+        clips = Clips(shards, ProcessVPT(size=32), passed=passed, n_batches=n_batches, **settings)
+        return batches(clips, 2, workers=2)
+
+    unbroken = list(itertools.islice(stream(), 6))
+    passed = {str(int(b["worker"][0])): int(b["position"][-1]) for b in unbroken[:stopped_after]}
+    resumed = itertools.islice(stream(passed, stopped_after), 6 - stopped_after)
+    for one, two in zip(unbroken[stopped_after:], resumed, strict=True):
+        assert one["name"] == two["name"] and torch.equal(one["position"], two["position"])
+        assert torch.equal(one["video"], two["video"])
+
+
+def test_an_angle_stays_in_its_range_when_left_and_right_are_swapped(shards):
+    name, mp4, text = next(vpt.recordings(shards[0], Problems(100)))
+    ticks = Ticks(text, name, Problems(100))
+    ticks.state[:] = (-180.0, 5.0)
+    frames = [np.zeros((32, 32, 3), np.uint8)] * 16
+    state = ProcessVPT(size=32, action_dim=38)(frames, ticks, 0, mirrored=True)["states"]
+    assert np.allclose(state, (-180.0, 5.0))
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    # both ends solve (share - p)² = z²·p·(1 - p)/n
+    for n_good, n in ((12, 20), (0, 20), (77, 100)):
+        for p in planning.wilson_interval(n_good, n):
+            assert (n_good / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
+
+
 def test_a_resumed_stream_continues_with_the_next_clip(shards):
     def stream(passed):
         settings = dict(every=20, buffer=7, seed=3, passed=passed)
@@ -571,7 +602,7 @@ def small_predictor(action_dim=13):
     return predictor
 
 
-def test_sizes_are_the_public_ones():
+def test_sizes_are_the_public_ones(shards):
     with torch.device("meta"):
         encoder = Encoder()
         assert (
@@ -584,7 +615,7 @@ def test_sizes_are_the_public_ones():
         and predictor.blocks[0].attn.qkv.in_features == 1024
         and predictor.blocks[0].attn.heads == 16
     )
-    args = ["--data", "x", "--out", "y"]
+    args = ["--data", shards[0], "--out", "y"]
     cfg = pretrain.parse(train.TrainConfig, "train", "", args)
     sizes = (cfg.num_frames, cfg.fps, cfg.batch_size, cfg.learning_rate, cfg.size)
     assert sizes == (16, 5, 8, 4.25e-4, "vit-l")

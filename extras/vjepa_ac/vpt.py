@@ -436,6 +436,9 @@ class Clips(torch.utils.data.IterableDataset):
         self.seed, self.epochs, self.mirror = seed, epochs, mirror
         self.max_problems, self.passed, self.n_batches = max_problems, passed or {}, n_batches
         self.rank, self.n_ranks = rank(), n_ranks()
+        # Here, before a DataLoader forks: OpenCV's threads do not survive that, and a worker that
+        # changed their number would wait for them for ever.
+        cv2.setNumThreads(1)
 
     def _rng(self, *numbers):
         return np.random.default_rng([self.seed, *numbers])
@@ -450,7 +453,6 @@ class Clips(torch.utils.data.IterableDataset):
                 f"{len(self.shards)} shards for {readers} readers;"
                 " use fewer --workers, or write more and smaller shards"
             )
-        cv2.setNumThreads(1)
         # no warnings of OpenCV, because Problems prints one line for a broken video
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
         first = self.passed.get(str(mine), 0)
