@@ -158,7 +158,7 @@ def test_a_shipped_world_is_smaller_and_plays_alike(world_dir, recording, tmp_pa
     assert (
         "python speedrun.py pong" in card
         and "01234567" in card
-        and "| dynamics/delta_psnr_t4 |" in card
+        and "| dynamics/delta_psnr_button_t4 |" in card
     )
 
 
@@ -193,7 +193,7 @@ def test_a_flagship_has_a_curve_and_a_line(recording, tmp_path, monkeypatch):
     results = flagship.main(options)
     assert json.loads(out.read_text()) == results and out.with_suffix(".png").stat().st_size > 1000
     assert 0.01 < results["curve/0.02/wall_minutes"] and np.isfinite(
-        results["curve/0.05/dynamics/delta_psnr_t4"]
+        results["curve/0.05/dynamics/delta_psnr_min_t4"]
     )
     saved = load_checkpoint(tmp_path / "worlds/width-32-data-0.25/dynamics.pt", "dynamics")
     assert (

@@ -23,6 +23,7 @@ from player.session import DEFAULT
 from tools import bench
 from tools.ablate import tables
 from tools.record import GAMES
+from tools.ship import number_rows
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,6 +61,25 @@ def test_the_tables_hold_the_numbers_of_the_result_files():
     keys = ("minutes/total", "lam/nmi", "dynamics/delta_psnr_t4", "dynamics/delta_psnr_null_t4")
     for shown, key in zip(said, keys, strict=True):
         assert f"{older[key]:.{len(shown.partition('.')[2])}f}" == shown
+
+
+def test_the_table_of_the_shipped_worlds_is_that_of_their_cards():
+    folders = [ROOT / "checkpoints" / "shipped" / name for name in ("doom-maze", "crafter")]
+    reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
+
+    def delta(report, name):
+        name = f"dynamics/delta_psnr_{name}"
+        return "{:.1f} ({:.1f} to {:.1f})".format(
+            *(report[name + end] for end in ("", "_low", "_high"))
+        )
+
+    rows = [
+        [delta(r, name) for r in reports] for name in ("min_t4", "min_t4_per_clip", "button_t4")
+    ]
+    rows.append([f"{r['dynamics/clips_for_0.3_db']:,.0f}" for r in reports])
+    rows.append([f"{r['lam/nmi']:.2f}, {r['lam/nmi_classifier']:.2f}" for r in reports])
+    for cells in rows:
+        assert f" | {' | '.join(cells)} |" in DOCS["results.md"]
 
 
 def test_the_first_table_is_the_smallest_control_the_agreement_and_the_minutes():
@@ -109,7 +129,10 @@ def test_the_shipped_worlds_have_cards_and_fit():
     for folder in folders:
         card = (folder / "card.md").read_text()
         report = json.loads((folder / "report.json").read_text())
-        assert f"| dynamics/delta_psnr_t4 | {report['dynamics/delta_psnr_t4']:.3g} |" in card
+        assert all(row in card for row in number_rows(report))
+        for kind in ("", "_null", "_marginal", "_button"):
+            assert f"| dynamics/delta_psnr{kind}_t4 |" in card
+        assert report["dynamics/clips"] >= 256
         world = load_world(folder)
         assert world.action_table
         for row in world.action_table:
@@ -210,7 +233,15 @@ def test_the_numbers_of_the_gpu_are_those_on_file():
     minutes, eager = world["curve/3.2/wall_minutes"], 100 * large["pieces/utilisation"]
     compiled = eager / large["pieces/time/compiled whole"]
     text = flat(DOCS["scaling.md"])
+    large_picture = result("gpu-doom-maze-128")
+    control = "dynamics/delta_psnr_min_t4"
+    low, high = (large_picture[f"{control}_{end}"] for end in ("low", "high"))
+    nmi, classifier = (large_picture[f"lam/{name}"] for name in ("nmi", "nmi_classifier"))
+    updates = [large_picture[f"updates/{stage}"] for stage in ("tokenizer", "lam", "dynamics")]
     for said in (
+        "{}, {} and {} steps of 16 clips".format(*updates),
+        f"worth {large_picture[control]:.1f} dB (95 % interval: {low:.1f} to {high:.1f})",
+        f"true actions to {nmi:.2f} (NMI; a classifier: {classifier:.2f})",
         f"in {minutes:.1f} minutes, validation included; its keys are worth {keys:.1f} dB",
         f"at {bench['play/fps_b1']:.0f} frames a second, with 99 % of the frames within"
         f" {bench['play/latency_p99_ms']:.2f} ms",

@@ -135,6 +135,8 @@ LAM_METRICS = (
 DYNAMICS_METRICS = (
     "delta_psnr_t4",
     "delta_psnr_null_t4",
+    "delta_psnr_marginal_t4",
+    "delta_psnr_button_t4",
     "rollout_psnr_t4",
     "copy_psnr_t4",
     "token_accuracy_changing",

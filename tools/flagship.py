@@ -94,7 +94,7 @@ def scaled(width, share, world, args):
         "parameters": parameters,
         "pflops": 6 * parameters * tokens / 1e15,  # arXiv:2001.08361, §2.1
         "loss": report["dynamics/masked_ce"],
-        "delta_psnr_t4": report["dynamics/delta_psnr_t4"],
+        "delta_psnr_min_t4": report["dynamics/delta_psnr_min_t4"],
     }
 
 
@@ -119,7 +119,7 @@ def plot(results, path):
     )
     for ax, names in (
         (axes[0], ("rollout_psnr_t4", "copy_psnr_t4")),
-        (axes[1], ("delta_psnr_t4", "delta_psnr_null_t4")),
+        (axes[1], ("delta_psnr_min_t4", "delta_psnr_button_t4")),
     ):
         for name in names:
             ax.plot(
