@@ -27,8 +27,9 @@ A world learned from video alone: no button was seen in training.
 Play it: `python play.py --checkpoint {out}`
 
 * **Data**: {n_train:,} frames of {game}, 64×64, {fps:g} frames per second, recorded by
-  `tools/record.py` (seed 0) with random buttons ({buttons}), each held for 1-8 frames. The numbers
-  below were measured on other games (seed {seed}; the recipe was chosen in view of seed {chosen}).
+  `tools/record.py` (seed 0) with random buttons ({buttons}), each held for 1-8 frames.
+  The numbers below were measured on other games (seed {seed}; the recipe was chosen in view of seed
+  {chosen}).{map}
 * **Recipe**: preset {preset}, made by `{command}` at commit {commit} in {minutes:.1f} minutes on
   {device}. Files: float16 weights, no optimizer, {megabytes:.1f} MB.
 * **Licences**: {licence}
@@ -55,6 +56,7 @@ On {clips:.0f} clips; `dynamics/clips_for_0.3_db` of them would narrow the inter
 |---|---|---|
 {numbers}
 """
+ONE_MAP = " The scenario has one map:\n  those games are other walks through the same rooms."
 LICENCES = {
     "ale_py": "the pictures are Atari's game, run by ale-py (GPL-2.0)",
     "vizdoom": "the pictures are VizDoom scenarios (MIT) on Freedoom's assets (BSD-3-Clause)",
@@ -123,6 +125,7 @@ def card(source, out, test, made, saved, rows, numbers):
         n_train=n_train,
         test=test,
         seed=seed,
+        map=ONE_MAP if game.package == "vizdoom" else "",
         chosen=TEST_SEED,
         n_test=n_test,
         preset=preset,
