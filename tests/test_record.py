@@ -2,6 +2,7 @@ import importlib.util
 
 from utils.cli import UserError
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
@@ -48,6 +49,67 @@ def test_every_game_records(name):
     assert len(np.unique(frames.reshape(60, -1), axis=0)) > 5  # it moves
     assert set(actions) <= set(range(len(GAMES[name].actions)))
     assert (frames == again[0]).all() and (actions == again[1]).all()
+
+
+def test_any_atari_game_with_its_own_actions(tmp_path):
+    options = ["--frames", "300", "--workers", "1", "--skip", "2", "--crop", "14:196,8:160"]
+    record.main(["atari:freeway", "--out", str(tmp_path / "f.h5"), *options])
+    data = open_dataset(tmp_path / "f.h5")
+    assert data.action_names == ("noop", "up", "down") and data.fps == 30
+    yellow = (data.frames[..., 0] > 200) & (data.frames[..., 2] < 120)
+    assert yellow[:, :, 12:20].any(axis=(1, 2)).mean() > 0.9  # the player, where the crop puts it
+
+
+def test_a_gymnasium_environment_is_recorded_as_it_renders(tmp_path):
+    class Clock(gymnasium.Env):
+        """Brighter by 10 with each step; an episode has 7. Action 1 paints the left half black."""
+
+        metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+        action_space = gymnasium.spaces.Discrete(2)
+        observation_space = gymnasium.spaces.Box(0, 1, (1,))
+
+        def __init__(self, render_mode):
+            self.render_mode = render_mode
+
+        def reset(self, seed=None, options=None):
+            self.t, self.left = 0, 1
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.t, self.left = self.t + 1, 1 - action
+            return np.zeros(1, np.float32), 0.0, self.t == 7, False, {}
+
+        def render(self):
+            picture = np.full((40, 40, 3), 10 * self.t + 50, np.uint8)
+            picture[:, :20] *= np.uint8(self.left)
+            return picture
+
+    gymnasium.register("Clock-v0", Clock)
+    frames, actions, starts = record_shard("gym:Clock-v0", 0, 60, 0)
+    assert starts == [t for t in range(60) if t % 7 == 0]
+    assert (frames[:, 0, -1, 0] == [10 * (t % 7) + 50 for t in range(60)]).all()
+    black = frames[1:, 0, 0, 0] == 0
+    assert (black == (actions[:-1] == 1))[np.arange(1, 60) % 7 != 0].all()
+    frames, _, starts = record_shard("gym:Clock-v0", 0, 20, 0, "0:40,20:40", 2)
+    assert starts == [0, 4, 8, 12, 16] and (frames[:4, 0, 0, 0] == [50, 70, 90, 110]).all()
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("atari:chess2", {}, "ale-py has no game 'chess2'; it has adventure, "),
+        ("gym:Nope-v0", {}, "gym:Nope-v0 cannot be recorded \\(.*Nope.*must have discrete actions"),
+        ("gym:Pendulum-v1", {}, "gym:Pendulum-v1 cannot be recorded"),
+        ("atari:pong", {"crop": "a"}, "--crop 'a' must be like 14:196,8:160"),
+        ("atari:pong", {"crop": "300:400,0:9"}, "--crop leaves nothing of the picture"),
+        ("atari:pong", {"skip": -1}, "--skip -1 not negative"),
+        ("pong", {"skip": 2}, "--crop and --skip are for atari:NAME and gym:ID, not for pong"),
+    ],
+)
+def test_games_that_cannot_be_recorded(tmp_path, name, options, message):
+    with pytest.raises(UserError, match=message):
+        record.record(name, 10, tmp_path / "x.h5", **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input(tmp_path, monkeypatch):

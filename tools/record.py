@@ -2,17 +2,24 @@
 
     python -m tools.record pong --frames 40000 --out data/pong.h5
     python -m tools.record doom-arena --frames 40000 --out data/arena.h5 --seed 1
+    python -m tools.record atari:freeway --crop 14:196,8:160 --out data/freeway.h5
+    python -m tools.record gym:CartPole-v1 --out data/cartpole.h5
 
 Actions are random, each held for 1-8 steps. They are recorded too, for evaluation: training does
 not use them by default. The frames are divided into shards. Each shard has a game and a seed of its
 own, so any number of processes records the same frames. Another --seed gives other games. For
 coinrun it also gives other levels (10,000 per seed), so that test data is new.
+
+atari:NAME is any game of ale-py, with the actions that do something in it. gym:ID is any Gymnasium
+environment with pictures (render_mode="rgb_array") and discrete actions. Both are squeezed into a
+square; --crop keeps the playfield, --skip repeats each action.
 """
 
 import importlib.util
 import itertools
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,18 +38,22 @@ SHARD = 1000  # frames
 
 
 class Atari:
-    """An Atari game in its emulator (ale-py): 4 emulator steps per frame, cropped to the field."""
+    """An Atari game in its emulator (ale-py), cropped to the field; `skip` emulator steps a frame.
 
-    def __init__(self, rom, emulator_actions, crop, seed):
+    emulator_actions: by default those that do something in this game.
+    """
+
+    def __init__(self, rom, emulator_actions, crop, seed, skip=4):
         from ale_py import ALEInterface, LoggerMode, roms
 
         ALEInterface.setLoggerMode(LoggerMode.Error)
         self.ale = ALEInterface()
         self.ale.setInt("random_seed", seed)
-        self.ale.setInt("frame_skip", 4)
+        self.ale.setInt("frame_skip", skip)
         self.ale.setFloat("repeat_action_probability", 0.0)
         self.ale.loadROM(roms.get_rom_path(rom))
-        self.emulator_actions, self.crop = emulator_actions, crop
+        self.emulator_actions = emulator_actions or self.ale.getMinimalActionSet()
+        self.crop = crop
         self.screen = np.empty((210, 160, 3), dtype=np.uint8)
         self.begin()
 
@@ -171,6 +182,37 @@ class Doom:
         return over
 
 
+class Gym:
+    """A Gymnasium environment with pictures and discrete actions; each action `skip` times."""
+
+    def __init__(self, id, crop, seed, skip=1):
+        import gymnasium
+
+        try:
+            self.env = gymnasium.make(id, render_mode="rgb_array")
+            self.n_actions = int(self.env.action_space.n)
+            self.env.reset(seed=seed)
+            self.env.render()[crop]
+        except Exception as error:  # whatever the environment raises
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(
+                f"gym:{id} cannot be recorded ({reason}); it must have discrete actions and"
+                ' render_mode="rgb_array"'
+            ) from None
+        self.crop, self.skip = crop, skip
+
+    def frame(self):
+        return self.env.render()[self.crop]
+
+    def step(self, action):
+        for _ in range(self.skip):
+            _, _, terminated, truncated, _ = self.env.step(action)
+            if terminated or truncated:
+                self.env.reset()
+                return True
+        return False
+
+
 @dataclass
 class GameSpec:
     """How to record a game."""
@@ -183,6 +225,7 @@ class GameSpec:
 
 INSTALL = {
     "ale_py": "pip install ale-py",
+    "gymnasium": "pip install gymnasium, and what the environment needs",
     "crafter": "pip install crafter",
     "vizdoom": "pip install vizdoom",
     "procgen": "pip install procgen-mirror 'numpy<2' in an environment of its own",
@@ -230,6 +273,65 @@ GAMES = {
 }
 
 
+def find_game(name: str, crop: str = "", skip: int = 0) -> GameSpec:
+    """One of GAMES, atari:NAME or gym:ID.
+
+    crop: rows and columns that are kept, "14:196,8:160". skip: steps of the game per frame, 0: 4 in
+    Atari, else 1. Raises UserError for a game that is not there, or that cannot be opened.
+    """
+    kind, _, id = name.partition(":")
+    if kind not in ("atari", "gym"):
+        if name not in GAMES:
+            known = ", ".join([*GAMES, "atari:NAME", "gym:ID"])
+            raise UserError(f"unknown game {name!r}; there are {known}")
+        if crop or skip:
+            raise UserError(f"--crop and --skip are for atari:NAME and gym:ID, not for {name}")
+        return check_installed(name, GAMES[name])
+    window = re.fullmatch(r"(\d*):(\d*),(\d*):(\d*)", crop or ":,:")
+    if not window or skip < 0:
+        raise UserError(
+            f"--crop {crop!r} must be like 14:196,8:160 (rows, columns), --skip {skip} not negative"
+        )
+    top, bottom, left, right = (int(part) if part else None for part in window.groups())
+    field = np.s_[top:bottom, left:right]
+    check_installed(name, GameSpec({"atari": "ale_py", "gym": "gymnasium"}[kind], 0, [], None))
+    return atari_spec(id, field, skip or 4) if kind == "atari" else gym_spec(id, field, skip or 1)
+
+
+def check_installed(name: str, game: GameSpec) -> GameSpec:
+    if importlib.util.find_spec(game.package) is None:
+        install = INSTALL[game.package]
+        raise UserError(f"{name} needs the package {game.package}; install it with: {install}")
+    return game
+
+
+def atari_spec(rom: str, field: tuple, skip: int) -> GameSpec:
+    from ale_py import roms
+
+    known = roms.get_all_rom_ids()
+    if rom not in known:
+        raise UserError(f"ale-py has no game {rom!r}; it has {', '.join(known)}")
+    game = Atari(rom, None, field, 0, skip)
+    check_field(f"atari:{rom}", game)
+    names = [action.name.lower() for action in game.emulator_actions]
+    return GameSpec(
+        "ale_py", 60 / skip, names, lambda shard, seed: Atari(rom, None, field, shard, skip)
+    )
+
+
+def gym_spec(id: str, field: tuple, skip: int) -> GameSpec:
+    game = Gym(id, field, 0, skip)
+    check_field(f"gym:{id}", game)
+    fps = (game.env.metadata.get("render_fps") or 30) / skip
+    names = [str(i) for i in range(game.n_actions)]
+    return GameSpec("gymnasium", fps, names, lambda shard, seed: Gym(id, field, shard, skip))
+
+
+def check_field(name: str, game: Atari | Gym) -> None:
+    if 0 in game.frame().shape:
+        raise UserError(f"{name}: --crop leaves nothing of the picture")
+
+
 def held_actions(rng: np.random.Generator, n: int, n_actions: int) -> np.ndarray:
     """n random actions, each held for 1-8 steps.
 
@@ -240,13 +342,13 @@ def held_actions(rng: np.random.Generator, n: int, n_actions: int) -> np.ndarray
     return np.repeat(rng.integers(n_actions, size=n), holds)[:n]
 
 
-def record_shard(name, seed, n_frames, shard):
+def record_shard(name, seed, n_frames, shard, crop="", skip=0):
     """→ frames uint8 (n, 64, 64, 3), actions int64 (n,), episode starts within the shard."""
     cv2.setNumThreads(1)
-    rng = np.random.default_rng([seed, shard])
-    game = GAMES[name].start(int(rng.integers(2**31 - 1)), seed)
+    rng, spec = np.random.default_rng([seed, shard]), find_game(name, crop, skip)
+    game = spec.start(int(rng.integers(2**31 - 1)), seed)
     n = min(SHARD, n_frames - shard * SHARD)
-    actions = held_actions(rng, n, len(GAMES[name].actions))
+    actions = held_actions(rng, n, len(spec.actions))
     frames, starts = np.empty((n, SIZE, SIZE, 3), dtype=np.uint8), [0]
     for i, action in enumerate(actions):
         frames[i] = cv2.resize(game.frame(), (SIZE, SIZE), interpolation=cv2.INTER_AREA)
@@ -255,24 +357,19 @@ def record_shard(name, seed, n_frames, shard):
     return frames, actions, [start for start in starts if start < n]
 
 
-def record(name, n_frames, out, seed=0, workers=1):
+def record(name, n_frames, out, seed=0, workers=1, crop="", skip=0):
     """Record n_frames of a game into `out`.
 
     Raises UserError for an unknown game or a package that is not installed.
     """
-    if name not in GAMES:
-        raise UserError(f"unknown game {name!r}; there are {', '.join(GAMES)}")
-    game = GAMES[name]
-    if importlib.util.find_spec(game.package) is None:
-        install = INSTALL[game.package]
-        raise UserError(f"{name} needs the package {game.package}; install it with: {install}")
+    game = find_game(name, crop, skip)
     if n_frames < 1 or workers < 1 or seed < 0:
         raise UserError(
             f"--frames {n_frames} and --workers {workers} must be positive,"
             f" --seed {seed} not negative"
         )
     shards = range(-(-n_frames // SHARD))
-    shard_of = partial(record_shard, name, seed, n_frames)
+    shard_of = partial(record_shard, name, seed, n_frames, crop=crop, skip=skip)
     attributes = dict(fps=game.fps, game=name, action_names=game.actions, seed=seed)
     with DatasetWriter(out, (SIZE, SIZE), with_actions=True, **attributes) as writer:
         bar = tqdm(total=n_frames, unit="frame", desc=f"recording {name}", mininterval=1)
@@ -286,18 +383,20 @@ def record(name, n_frames, out, seed=0, workers=1):
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("game", help=", ".join(GAMES))
+    parser.add_argument("game", help=", ".join([*GAMES, "atari:NAME", "gym:ID"]))
     parser.add_argument("--frames", type=int, default=40_000, help="frames to record [40000]")
     parser.add_argument(
         "--out", required=True, help="the HDF5 file to write, for example data/pong.h5"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the actions and the games [0]")
+    parser.add_argument("--crop", default="", help="rows and columns to keep, like 14:196,8:160")
+    parser.add_argument("--skip", type=int, default=0, help="steps per frame [4 in Atari, else 1]")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="number of processes [one per core]"
     )
     args = parser.parse_args(argv)
     began = time.perf_counter()
-    record(args.game, args.frames, args.out, args.seed, args.workers)
+    record(args.game, args.frames, args.out, args.seed, args.workers, args.crop, args.skip)
     print(
         f"{args.out}: {args.frames:,} frames of {args.game},"
         f" {args.frames / (time.perf_counter() - began):,.0f} frames/s"
