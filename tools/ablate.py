@@ -33,6 +33,7 @@ import validate
 from data_utils import Clips, open_dataset
 from evaluation import stages
 from evaluation.video_features import smallnet_features
+from models.fsq import log_statistics
 from models.latent_action_model import LatentActionModel
 from tools.speedrun import describe_device, git_commit
 
@@ -82,6 +83,7 @@ class TokenTarget(LatentActionModel):
             "error_over_copy": error.detach(),
             "codes_used": self.quantizer.codes_to_indices(codes.detach()).unique().numel(),
         }
+        logs |= log_statistics(soft_bits, logits)
         return error + self.collapse_penalty(soft_bits), logs
 
     def predict(self, frames, actions):
@@ -185,7 +187,9 @@ def train_row(stage, name, seed, args, clips, out):
     with autocast():
         world = load_world(out, **validate.SAMPLING)
         values = stages.dynamics_metrics(world, clips, "cpu", None, features)
-    return {metric: float(values[metric]) for metric in DYNAMICS_METRICS} | {"minutes": minutes}
+    # without a LAM there is no code of a button
+    measured = [metric for metric in DYNAMICS_METRICS if metric in values]
+    return {metric: float(values[metric]) for metric in measured} | {"minutes": minutes}
 
 
 def table(results, stage, rows, columns):

@@ -77,6 +77,8 @@ def resumed(kind: type, stage: str, given: dict, device: Any) -> Any:
     saved = load_checkpoint(path, stage)
     before = config_of(kind, saved, path)
     now = {"out": given["out"], "device": str(device), "resume": True, "data_fingerprint": ""}
+    if torchrun_processes() == 1:  # a run that was sharded goes on in one process
+        now["fsdp"] = False
     values = before | {name: value for name, value in now.items() if name in before}
     if device.type != before["device"].split(":")[0]:
         values["dtype"] = "auto"
@@ -114,6 +116,11 @@ def config_of(kind: type, saved: dict, path: Path) -> dict:
     return result
 
 
+def torchrun_processes() -> int:
+    """The number of processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def check_settings(cfg: Any) -> None:
     """Raise UserError, before any work, if a value of cfg (config.py) cannot be meant."""
     check_ranges(cfg)
@@ -133,7 +140,7 @@ def check_settings(cfg: Any) -> None:
         raise UserError(
             f"--embed-dim {cfg.embed_dim} must be an even multiple of --n-heads {cfg.n_heads}"
         )
-    if getattr(cfg, "fsdp", False) and int(os.environ.get("WORLD_SIZE", 1)) == 1:  # of torchrun
+    if getattr(cfg, "fsdp", False) and torchrun_processes() == 1:
         raise UserError(
             "--fsdp shards the weights over processes, but there is one;"
             " start with torchrun --nproc-per-node=K, or leave it out"
