@@ -61,8 +61,7 @@ class LatentActionConfig(Config):
     n_actions: int = option(8, "how many latent actions; a power of two")
     keep_rate: float = option(1.0, "share of the history the decoder sees", low=0, high=1)
     masking: str = option("always", "when the rest is hidden", ("always", "training"))
-    # matches: pairs of frames, and how well patches match when shifted; pairs: pairs alone;
-    # frames: each frame pooled by itself
+    # matches: pairs, and how well their patches match when shifted; frames: each pooled by itself
     encoder: str = option("matches", "what the encoder sees", ("matches", "pairs", "frames"))
     # warp: shift patches of the last frame, then add; change: add; frame: draw from nothing
     decoder: str = option("warp", "how the next frame is made", ("warp", "change", "frame"))
@@ -71,6 +70,10 @@ class LatentActionConfig(Config):
     entropy_lambda: float = option(0.25, "weight of the bonus for using all actions")
     var_target: float = option(0.2, "variance of an action bit below which the penalty begins")
     var_lambda: float = option(1.0, "weight of that penalty")
+    teach_weight: float = option(1.0, "of imitating what the past does not foretell", low=0)
+    history_updates: int = option(600, "steps of the network that foretells", above=0)
+    player: str = option("", "X,Y: the pixel of the player in the first frame, which is followed")
+    label_weight: float = option(0.0, "of imitating recorded actions, where known", low=0)
 
     def lam_args(self) -> dict:
         names = "n_actions encoder decoder keep_rate soft_rate entropy_lambda var_target var_lambda"
@@ -100,7 +103,7 @@ PRESETS = {
     "tiny": {  # seconds; for tests and for seeing that everything runs
         "all": dict(n_updates=150, batch_size=32, context_length=4, sample_every=100)
         | dict(embed_dim=64, hidden_dim=128, n_blocks=1),
-        "lam": dict(batch_size=16),
+        "lam": dict(batch_size=16, history_updates=8),
     },
     # two CPU cores, ten minutes for the three stages
     "cpu": dict(tokenizer=dict(minutes=2.8), lam=dict(minutes=2.4), dynamics=dict(minutes=4.4)),
@@ -115,7 +118,7 @@ PRESETS = {
         "all": dict(n_updates=10_000, batch_size=32, context_length=4, frame_size=128)
         | dict(optimizer="adamw", learning_rate=1e-4, n_blocks=2),
         "lam": dict(encoder="frames", decoder="frame", keep_rate=0.0, masking="training")
-        | dict(latent_norm="none", soft_rate=0.0, entropy_lambda=0.0),
+        | dict(latent_norm="none", soft_rate=0.0, entropy_lambda=0.0, teach_weight=0.0),
         "dynamics": dict(context="masked", token_kernel=1),
     },
 }

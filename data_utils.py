@@ -164,7 +164,7 @@ class Clips(Batches):
         low, high = (0, border) if part == "train" else (border, n)
         inside = {int(start) for start in dataset.episode_starts if low < start < high}
         edges = [low, *sorted(inside), high]
-        spans = list(zip(edges, edges[1:], strict=False))  # no clip crosses the end of a span
+        self.spans = spans = list(zip(edges, edges[1:], strict=False))  # no clip crosses their ends
 
         def clip_starts(apart):
             return np.concatenate([np.arange(a, b - length + 1, apart) for a, b in spans])

@@ -5,7 +5,6 @@ Out:  OUT/dynamics.pt; in OUT/dynamics/: metrics.jsonl, loss.png and pictures (t
       and prediction).
 
     python train_dynamics.py --data-path data/pong.h5 --out checkpoints/pong
-    python train_dynamics.py --data-path data/pong.h5 --out checkpoints/pong --objective mse
     python train_dynamics.py --data-path data/pong.h5 --out checkpoints/true --actions true \\
         --video-tokenizer-path checkpoints/pong/tokenizer.pt    # an oracle: the true actions
 
@@ -26,8 +25,8 @@ from utils.optimizer import count_parameters, lr_at, make_optimizer, set_lr
 import torch
 
 from data_utils import TokenClips, open_clips, to_float
+from evaluation import stages
 from evaluation.metrics import print_warnings
-from evaluation.stages import rollout_picture, validation_with_wrong_actions
 from models.distributed import rand
 from models.dynamics import DynamicsModel
 from models.next_latent import NextLatentModel
@@ -57,16 +56,10 @@ def main(argv=None):
         return tokens.to(device, non_blocking=True), actions.to(device, non_blocking=True)
 
     # --- model and optimizer
-    model_args = dict(
-        grid=frozen.grid,
-        levels=frozen.levels,
-        n_actions=n_actions,
-        **cfg.transformer_sizes(),
-        objective=cfg.objective,
-        clean_context=cfg.context == "clean",
-        adaln=cfg.conditioning == "adaln",
-        token_kernel=cfg.token_kernel,
-    )
+    model_args = dict(grid=frozen.grid, levels=frozen.levels, n_actions=n_actions)
+    model_args |= cfg.transformer_sizes() | dict(adaln=cfg.conditioning == "adaln")
+    model_args |= dict(objective=cfg.objective, clean_context=cfg.context == "clean")
+    model_args |= dict(token_kernel=cfg.token_kernel)
     kind = DynamicsModel
     if cfg.objective == "mse":
         kind, model_args["action_codes"] = NextLatentModel, True
@@ -108,15 +101,18 @@ def main(argv=None):
         done = step + 1
         last = done == n_updates or stop.asked
         if done % 10 == 0 or last:
-            log.write(done, loss=loss.detach(), grad_norm=grad_norm, **logs)
-            text = f"loss {loss:.4f}, {logs['accuracy_changing']:.2f} of changed tokens"
+            with autocast():
+                shuffled = stages.with_shuffled_actions(model, *(x[:4] for x in val_batches[0]))
+            log.write(done, loss=loss.detach(), grad_norm=grad_norm, shuffled=shuffled, **logs)
+            text = f"loss {loss:.4f} ({shuffled:.2f} times that with shuffled actions)"
+            text += f", {logs['accuracy_changing']:.2f} of changed tokens"
             bar.set_postfix_str(text + statistics_text(logs), refresh=False)
         if done % cfg.sample_every == 0 or last:
             with torch.no_grad(), autocast():
-                log.write(done, **validation_with_wrong_actions(model, val_batches))
+                log.write(done, **stages.validation_with_wrong_actions(model, val_batches))
             sampling = dict(steps=cfg.steps, temperature=cfg.temperature)
             world = WorldModel(frozen.tokenizer, frozen.lam, model.eval(), **sampling)
-            log.picture(done, rollout_picture(world, val))
+            log.picture(done, stages.rollout_picture(world, val))
             model.train()
         if done % cfg.save_every == 0 or last:
             saver.save(done, log, guard, **for_playing)

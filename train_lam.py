@@ -1,6 +1,6 @@
 """Stage 2: train the latent action model.
 
-In:   video; recorded actions, if there are any, are not looked at.
+In:   video; recorded actions, if there are any, are looked at with --label-weight only.
 Out:  OUT/lam.pt; OUT/actions.json: what each action does to the picture, the legend of play.py;
       in OUT/lam/: metrics.jsonl, loss.png and pictures (last frames, predictions, truths;
       actions.png: the change that each action makes).
@@ -8,8 +8,8 @@ Out:  OUT/lam.pt; OUT/actions.json: what each action does to the picture, the le
     python train_lam.py --data-path data/pong.h5 --out checkpoints/pong
     python train_lam.py --data-path videos/ --out checkpoints/mine --n-actions 16
 
-Watch error_over_copy (below 1: the actions explain something) and codes_used (n_actions: no
-collapse).
+Watch error_over_copy (below 1: the actions explain something), codes_used (n_actions: no
+collapse) and shuffled (error with wrong codes over error; 1: the codes are ignored).
 """
 
 from config import LatentActionConfig, parse_config  # before torch: utils/__init__.py says why
@@ -27,6 +27,8 @@ import torch
 from data_utils import open_clips, to_float, to_uint8
 from evaluation.action_table import use_of_actions, write_action_table
 from evaluation.metrics import print_warnings
+from evaluation.news import TaughtClips, report_news, teach
+from evaluation.stages import with_shuffled_codes
 from models.latent_action_model import LatentActionModel
 
 
@@ -37,17 +39,14 @@ def main(argv=None):
     # --- data
     train, val = open_clips(cfg)
 
-    def get_batch(clips, step):
-        frames, _ = clips.batch(step)
-        return (to_float(frames, device),)  # (B, T, 3, H, W)
+    def get_batch(clips, step):  # → (B, T, 3, H, W) and, in training, what to imitate (B, T-1, 2)
+        frames, targets = clips.batch(step)
+        taught = [targets.to(device)] if isinstance(clips, TaughtClips) else []
+        return to_float(frames, device), *taught
 
     # --- model and optimizer
-    model_args = dict(
-        frame_size=train.frame_size,
-        patch_size=cfg.patch_size,
-        **cfg.transformer_sizes(),
-        **cfg.lam_args(),
-    )
+    model_args = dict(frame_size=train.frame_size, patch_size=cfg.patch_size)
+    model_args |= cfg.transformer_sizes() | cfg.lam_args()
     check_model(LatentActionModel, model_args, device)
     model = LatentActionModel(**model_args).to(device)
     network = parallelize(model, cfg)
@@ -63,6 +62,7 @@ def main(argv=None):
     stop = StopSignal()
     log = TrainLog(cfg, "lam", start_step, n_updates, stop)
     guard = StepGuard(log, start_step, cfg.max_skipped)
+    train, moves, history = teach(train, cfg, device, autocast)  # what the past does not foretell
 
     # --- loop
     done = start_step
@@ -82,9 +82,11 @@ def main(argv=None):
         done = step + 1
         last = done == n_updates or stop.asked
         if done % 10 == 0 or last:
+            with autocast():
+                logs["shuffled"] = with_shuffled_codes(model, val_batches[0][0][:4])
             log.write(done, loss=loss.detach(), grad_norm=grad_norm, **logs)
-            error, codes_used = logs["error_over_copy"], logs["codes_used"]
-            text = f"loss {loss:.3f}, {error:.2f} of copy, {codes_used} codes"
+            text = "loss {:.3f}, {error_over_copy:.2f} of copy, {shuffled:.2f} times that shuffled"
+            text = (text + ", {codes_used} codes").format(loss, **logs)
             bar.set_postfix_str(text + statistics_text(logs), refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
@@ -100,8 +102,9 @@ def main(argv=None):
 
     # --- finish
     with autocast():
-        table = write_action_table(saver.path, val.evenly_spaced(128)[0], device)
-    measured = log.latest("error_over_copy", "latent_variance")
+        table = write_action_table(saver.path, val.evenly_spaced(128)[0], device, moves)
+    news = report_news(model.eval(), train, val, cfg, autocast, history)
+    measured = log.latest("error_over_copy", "latent_variance") | news
     print_warnings(measured | use_of_actions(table))
     next_command = f"python train_dynamics.py {data_option(cfg)} --out {cfg.out}"
     saver.finish(done, log, guard, next_command)

@@ -38,12 +38,8 @@ def main(argv=None):
         return (to_float(frames, device),)  # (B, T, 3, H, W)
 
     # --- model and optimizer
-    model_args = dict(
-        frame_size=train.frame_size,
-        patch_size=cfg.patch_size,
-        levels=list(cfg.levels),
-        **cfg.transformer_sizes(),
-    )
+    model_args = dict(frame_size=train.frame_size, patch_size=cfg.patch_size)
+    model_args |= dict(levels=list(cfg.levels)) | cfg.transformer_sizes()
     check_model(VideoTokenizer, model_args, device)
     model = VideoTokenizer(**model_args).to(device)
     network = parallelize(model, cfg)

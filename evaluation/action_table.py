@@ -66,6 +66,17 @@ def describe_motion(flows: np.ndarray) -> dict:
     return {"moves": moves, "direction": direction, "pixels": pixels}
 
 
+def imitated_motion(down: float, right: float) -> dict:
+    """A move in pixels per frame → what `describe_motion` says of a thing that moves so, label."""
+    names = ("down", "up") if abs(down) >= abs(right) else ("right", "left")
+    most = down if abs(down) >= abs(right) else right
+    motion = {"moves": "nothing", "direction": "", "pixels": 0.0}
+    if most:
+        direction = names[0] if most > 0 else names[1]
+        motion = {"moves": "thing", "direction": direction, "pixels": abs(most)}
+    return motion | {"label": label_of(motion)}
+
+
 def shift_and_zoom(flows: np.ndarray, moving: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """→ the mean flow (M, 2) and the mean outward flow (M, 1) of the pixels that move.
 
@@ -123,9 +134,13 @@ def describe_actions(lam, frames: Tensor, device) -> tuple[list[dict], np.ndarra
     return rows, labelled_grid(np.stack(columns, axis=1), names)
 
 
-def write_action_table(lam_path: Path, frames: Tensor, device) -> list[dict]:
+def write_action_table(
+    lam_path: Path, frames: Tensor, device, moves: np.ndarray | None = None
+) -> list[dict]:
     """Describe the actions of the LAM in OUT/lam.pt. → the rows, which are also printed.
 
+    moves: the move (down, right) in pixels that each action imitates. Where traffic hides a small
+    player from optical flow, it says what the action does.
     Writes OUT/actions.json, which names that LAM by its fingerprint, and OUT/lam/actions.png.
     Only the process of rank 0 does this; the others return [].
     """
@@ -133,6 +148,9 @@ def write_action_table(lam_path: Path, frames: Tensor, device) -> list[dict]:
         return []
     checkpoint, out = load_checkpoint(lam_path, "lam"), lam_path.parent
     rows, picture = describe_actions(build_model(checkpoint).to(device), frames, device)
+    for row, move in zip(rows, moves if moves is not None else (), strict=False):
+        if row["label"] == "mixed":
+            row |= imitated_motion(*move.tolist())
     save_png(picture, out / "lam" / "actions.png")
     table = {"lam": fingerprint(checkpoint), "picture": "lam/actions.png", "actions": rows}
     text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"

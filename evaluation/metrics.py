@@ -141,6 +141,12 @@ WARNINGS = {
         lambda v, r: v > 0.95,
         "the actions explain almost none of the change; train_lam.py needs more --minutes",
     ),
+    "lam/news": (
+        lambda v, r: v < 0.01,
+        "the codes tell hardly more than the past foretells, so the keys may move the traffic and"
+        " not the player; record frames further apart, say where the player is with --player X,Y,"
+        " or name some true actions (train_lam.py --label-weight)",
+    ),
     "lam/latent_variance": (
         lambda v, r: v < 0.05,
         f"an action's numbers hardly differ between transitions; {MORE_ENTROPY}",

@@ -12,12 +12,14 @@ from utils.cli import UserError
 from utils.device import autocast_on, choose_device
 from utils.hardening.files import data_fingerprint, make_folder
 from utils.hardening.fit import check_fit
+from utils.pictures import save_png
 
 import torch
 
 from data_utils import Clips, Dataset, open_dataset
 from evaluation import stages
 from evaluation.metrics import changed, warnings_of
+from evaluation.news import news_of_codes
 from evaluation.stages import CONTEXT, HORIZON
 from evaluation.video_features import i3d_features, load_i3d, smallnet_features
 from player.cuda_graph import graph_on
@@ -59,6 +61,8 @@ def measure(options) -> tuple[dict[str, float | None], list[str]]:
             add("lam", stages.lam_metrics(models["lam"], *clips["lam"], device, images))
         given = (options, dataset, loaded["lam"][0], clips["lam"], device, autocast)
         add("lam", stages.classifier_nmi(*given))
+        given = (options, dataset, *loaded["lam"], device, autocast, images)
+        add("lam", news_on_held_out(*given))
     if world:
         measured = world.twin()
         measured.steps, measured.temperature = options.steps, options.temperature
@@ -76,6 +80,23 @@ def measure(options) -> tuple[dict[str, float | None], list[str]]:
     if not changed(stages.unit(frames[:, 1:]), stages.unit(frames[:, :-1])).any():
         return report, [STILL.format(n=len(frames), name=dataset.name)]
     return report, learned_from(options, dataset, loaded) + warnings_of(report)
+
+
+def news_on_held_out(options, dataset, checkpoint, lam, device, autocast, images) -> dict:
+    """{"news", "unforetold"} of evaluation/news.py; {} without data to learn from, and if tiny."""
+    config, n_updates = checkpoint.get("config", {}), options.history_updates
+    if n_updates is None:
+        n_updates = 0 if config.get("preset") == "tiny" else config.get("history_updates", 600)
+    if options.val_fraction == 1 or n_updates == 0:
+        return {}
+    split = [
+        Clips(dataset, part, lam.context_length, val_fraction=options.val_fraction)
+        for part in ("train", "val")
+    ]
+    values, picture = news_of_codes(lam, *split, n_updates, device, autocast)
+    if images:
+        save_png(picture, images / "lam_news.png")
+    return values
 
 
 def learned_from(options, dataset: Dataset, loaded: dict) -> list[str]:
@@ -159,7 +180,8 @@ def choose_clips(options, dataset, world, loaded) -> dict:
         return clips
     clips["dynamics"] = clips_of(CONTEXT + HORIZON)
     actions = dataset.actions
-    if world.lam is None and (actions is None or actions.max() >= world.n_actions):
+    usable = actions is not None and actions.min() >= 0 and actions.max() < world.n_actions
+    if world.lam is None and not usable:
         raise UserError(
             f"{options.checkpoint} was trained on true actions 0 … {world.n_actions - 1};"
             f" {dataset.name} must have the same ones"

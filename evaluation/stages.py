@@ -5,6 +5,7 @@ known frame.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from config import LatentActionConfig
@@ -90,12 +91,13 @@ def lam_metrics(lam, frames: Tensor, true_actions: Tensor | None, device, folder
         "consistency": same,
         "consistency_chance": chance,
     }
-    if true_actions is not None:
-        n_true = int(true_actions.max()) + 1
+    known = None if true_actions is None else true_actions >= 0
+    if known is not None and known.any():
+        found, truth = codes[known], true_actions[known]
         result |= {
-            "nmi": metrics.nmi_above_chance(codes, true_actions),
-            "accuracy": metrics.best_mapping_accuracy(codes, true_actions),
-            "majority": float(metrics.shares(true_actions, n_true).max()),
+            "nmi": metrics.nmi_above_chance(found, truth),
+            "accuracy": metrics.best_mapping_accuracy(found, truth),
+            "majority": float(metrics.shares(truth, int(truth.max()) + 1).max()),
         }
     if folder:
         save_png(describe_actions(lam, frames, device)[1], folder / "lam_actions.png")
@@ -121,6 +123,8 @@ def train_classifier(sizes: dict, rest: Clips, device, autocast, n_updates: int)
     border = max(1, len(rest.starts) * 9 // 10)
     aside = rest.starts[border + rest.length - 1 :]  # no frame in both
     aside = rest.read(aside[:: max(1, len(aside) // 64)]) if len(aside) else None
+    if aside and (aside[1] < 0).all():
+        aside = None
     rest.starts = rest.starts[:border]
     least, kept = math.inf, encoder.state_dict()
     bar = tqdm(range(n_updates), desc="classifier", unit="step", leave=False, mininterval=1)
@@ -129,7 +133,9 @@ def train_classifier(sizes: dict, rest: Clips, device, autocast, n_updates: int)
         batch, true_actions = rest.batch(step)
         with autocast():
             logits = encoder(to_float(batch, device)).flatten(0, 1)
-            loss = F.cross_entropy(logits, true_actions.flatten().to(device))
+            truths = true_actions.flatten().to(device)
+            loss = F.cross_entropy(logits, truths, ignore_index=-1, reduction="sum")
+            loss = loss / (truths >= 0).sum().clamp_min(1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -146,7 +152,8 @@ def cross_entropy(encoder, frames: Tensor, true_actions: Tensor, device, autocas
     """Of the encoder's guesses of the true actions (B, T-1) of frames (B, T, H, W, 3), in nats."""
     with autocast():
         logits = [encoder(to_float(batch, device)).float().cpu() for batch in frames.split(16)]
-    return float(F.cross_entropy(torch.cat(logits).flatten(0, 1), true_actions.flatten()))
+    logits, truths = torch.cat(logits).flatten(0, 1), true_actions.flatten()
+    return float(F.cross_entropy(logits[truths >= 0], truths[truths >= 0]))
 
 
 def classifier_nmi(options, dataset, checkpoint: dict, clips, device, autocast) -> dict:
@@ -161,7 +168,8 @@ def classifier_nmi(options, dataset, checkpoint: dict, clips, device, autocast) 
     frames, true_actions = clips
     if true_actions is None or options.val_fraction == 1 or n_updates == 0:
         return {}
-    entropy = metrics.entropy(metrics.shares(true_actions, dataset.n_true_actions()))
+    known = true_actions[true_actions >= 0]
+    entropy = metrics.entropy(metrics.shares(known, dataset.n_true_actions()))
     if entropy == 0:
         return {}
     names = ("frame_size", "patch_size", "embed_dim", "hidden_dim", "n_heads", "n_blocks")
@@ -205,6 +213,42 @@ def validation_with_wrong_actions(dynamics, batches: list[tuple]) -> dict[str, f
     logs = validation_logs(dynamics, batches)
     gain = validation_logs(dynamics, wrong)["val_loss"] / logs["val_loss"] - 1
     return logs | {"val_action_gain": gain}
+
+
+@torch.no_grad()
+def shuffle_ratio(loss_of: Callable, actions: Tensor) -> Tensor:
+    """Loss with the actions of other transitions, over loss: 1 where actions are ignored.
+
+    loss_of(actions) is called twice, with the same random masks.
+    """
+    losses = []
+    order = torch.randperm(actions.numel(), generator=torch.Generator().manual_seed(0))
+    for given in (actions.flatten()[order.to(actions.device)].view_as(actions), actions):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            losses.append(loss_of(given))
+    return losses[0] / losses[1].clamp_min(1e-8)
+
+
+@torch.no_grad()
+def with_shuffled_codes(lam, frames: Tensor) -> Tensor:
+    """The error of the next frames with the codes of other transitions, over that with their own.
+
+    frames (B, T, 3, H, W) in [-1, 1].
+    """
+
+    def error_of(codes):
+        return squared_error(lam.predict(frames, codes), frames[:, 1:])
+
+    return shuffle_ratio(error_of, lam.infer(frames))
+
+
+def with_shuffled_actions(dynamics, tokens: Tensor, actions: Tensor) -> Tensor:
+    """The loss of the dynamics model with the actions of other transitions, over that with its own.
+
+    tokens (B, T, N), actions (B, T-1).
+    """
+    return shuffle_ratio(lambda given: dynamics(tokens, given)[0], actions)
 
 
 def one_step_metrics(dynamics, tokens: Tensor, actions: Tensor) -> dict:
@@ -274,7 +318,8 @@ def dynamics_metrics(world: WorldModel, clips, device, folder, features: tuple) 
     # all with the same clips and random numbers; actions between given frames are never replaced
     given = actions[:, : CONTEXT - 1]
     others = control.baseline_actions(actions, world.n_actions, CONTEXT - 1)
-    if world.lam and true_actions is not None and len(frames) > 1:
+    labelled = true_actions is not None and bool((true_actions >= 0).all())
+    if world.lam and labelled and len(frames) > 1:
         known = control.codes_of_true_actions(actions, true_actions)
         others["button"] = known[:, CONTEXT - 1 :]
     played = {"inferred": rollout(world, frames, actions)}

@@ -9,6 +9,7 @@ What keeps the codes alive and makes them mean the same everywhere (docs/choices
   * the encoder sees both frames of a pair in each patch, and how well the patch matches the last
     frame shifted a little to each side (`matches`); the decoder may shift patches too (`warp`)
   * the loss is relative to copying the last frame: still games and moving cameras share settings
+  * codes imitate the moves of what the past does not foretell: evaluation/news.py
   * actions are scaled to unit RMS before quantization, and half of their bits pass unrounded, so
     that gradients know where to move a code; a bonus on the entropy of codes spreads their use
 """
@@ -182,6 +183,7 @@ class LatentActionModel(nn.Module):
         self.n_actions, self.unit_rms, self.soft_rate = n_actions, unit_rms, soft_rate
         self.entropy_lambda = entropy_lambda
         self.var_target, self.var_lambda = var_target, var_lambda
+        self.context_length = sizes["context_length"]
         self.encoder = LatentActionsEncoder(action_dim, kind=encoder, **sizes)
         self.quantizer = FiniteScalarQuantizer([2] * action_dim)
         how = dict(keep_rate=keep_rate, kind=decoder, masking=masking)
@@ -207,7 +209,13 @@ class LatentActionModel(nn.Module):
         penalty = F.relu(self.var_target - variance).mean()
         return self.var_lambda * penalty - self.entropy_lambda * entropy
 
-    def forward(self, frames: Tensor) -> tuple[Tensor, dict]:
+    def imitation(self, latents: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of latents (B, T-1, A) with targets (B, T-1, 2): a code and its weight."""
+        bits = (self.quantizer.indices_to_codes(targets[..., 0].long()) + 1) / 2
+        loss = F.binary_cross_entropy_with_logits(4 * latents, bits, reduction="none").sum(dim=-1)
+        return (targets[..., 1] * loss).sum() / (targets[..., 1] > 0).sum().clamp_min(1)
+
+    def forward(self, frames: Tensor, targets: Tensor | None = None) -> tuple[Tensor, dict]:
         """frames → (loss, logs): error relative to copying the last frame, use of the codes."""
         latents = self.latents(frames)
         codes = self.quantizer(latents)  # (B, T-1, A), ±1
@@ -221,6 +229,8 @@ class LatentActionModel(nn.Module):
         copy_error = mean_over_ranks(F.mse_loss(frames[:, :-1], frames[:, 1:]))
         copy_error = copy_error.clamp_min(1e-8)  # a still batch has none
         loss = error / copy_error + self.collapse_penalty(soft_bits)
+        if targets is not None:
+            loss = loss + self.imitation(latents, targets)
         logs = {
             "error_over_copy": (error / copy_error).detach(),
             "codes_used": self.quantizer.codes_to_indices(codes.detach()).unique().numel(),

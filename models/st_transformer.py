@@ -111,9 +111,8 @@ class Past(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q·kᵀ/√d)·v over (batch, heads, S, d); mask is True where a query may look.
 
-    Fused or plain is decided here. On a CPU the fused kernel takes 0.15 to 0.5 of the plain form's
-    time in float32 but 2.7 to 10 times as long in bfloat16, which it computes in float32 (2 cores
-    with AVX512-BF16, forward and backward; tools/bench.py).
+    Fused or plain is decided here. On a CPU (2 cores, AVX512-BF16) the fused kernel takes 0.15 to
+    0.5 of the plain form's time in float32, 2.7 to 10 times as long in bfloat16 (tools/bench.py).
     """
     if q.device.type == "cuda" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -236,6 +236,20 @@ def idle_action(world: WorldModel) -> int | None:
     return max(still, key=lambda row: row["share"])["action"] if still else None
 
 
+def twins(world: WorldModel) -> dict[int, int]:
+    """Action → a more frequent one that does the same, as the action table measured it.
+
+    The same is: nothing moves, or the same kind of thing moves the same way, at any speed.
+    """
+    found, first = {}, {}
+    for row in sorted(world.action_table, key=lambda row: -row["share"]):
+        effect = (row["moves"], row["direction"])
+        if row["share"] > 0 and (row["moves"] == "nothing" or row["direction"]):
+            twin = first.setdefault(effect, row["action"])
+            found |= {row["action"]: twin} if twin != row["action"] else {}
+    return found
+
+
 def legend_frames(world: WorldModel, clip, n_frames: int = 8) -> Iterator[np.ndarray]:
     """Hold each action for n_frames: yields n_frames times uint8 (n_actions, H, W, 3)."""
     world = world.twin()
@@ -246,7 +260,8 @@ def legend_frames(world: WorldModel, clip, n_frames: int = 8) -> Iterator[np.nda
 
 def save_demo(world: WorldModel, starts: np.ndarray, path: str) -> None:
     """Save a film of each latent action (columns) held for a second, from two clips (rows)."""
-    names = [line.partition("  (")[0] for line in key_table(world)]
+    table = key_table(world)
+    names = [table[action].partition("  (")[0] for action in range(world.n_actions)]
     rows = [legend_frames(world, clip, max(1, round(world.fps))) for clip in starts[:2]]
     pictures = [labelled_grid(frames, names) for frames in zip(*rows, strict=True)]
     make_folder(Path(path).parent)
@@ -259,12 +274,18 @@ def save_demo(world: WorldModel, starts: np.ndarray, path: str) -> None:
     )
 
 
-def key_table(world: WorldModel) -> list[str]:
-    """A line per action: key, name, arrow key, such as "2  ← view left  (arrow left)"."""
-    arrows = {action: f"(arrow {arrow})" for arrow, action in arrow_actions(world).items()}
+def key_table(world: WorldModel) -> dict[int, str]:
+    """Action → its line: key, name, arrow key, such as "2  ← view left  (arrow left)".
+
+    First come actions with effects of their own, then their twins: "5  ← view left  (like 2)".
+    """
+    notes = {action: f"(arrow {arrow})" for arrow, action in arrow_actions(world).items()}
+    same = twins(world)
+    notes |= {action: f"(like {KEYS[twin]})" for action, twin in same.items()}
     names = ["" if name == str(i) else name for i, name in enumerate(world.action_names)]
-    lines = [(KEYS[i : i + 1], name, arrows.get(i, "")) for i, name in enumerate(names)]
-    return ["  ".join(filter(None, line)) for line in lines]
+    lines = [(KEYS[i : i + 1], name, notes.get(i, "")) for i, name in enumerate(names)]
+    order = sorted(range(world.n_actions), key=lambda action: action in same)
+    return {action: "  ".join(filter(None, lines[action])) for action in order}
 
 
 def play_loop(session: Session, fps: float, show: Callable, next_key: Callable, actions=()) -> None:

@@ -168,13 +168,14 @@ def play_terminal(session: Session, fps: float, actions=()) -> None:
             " or --actions 0,3,3,1 --save out.gif"
         )
     display, keyboard = Display(), Keyboard(sys.stdin.fileno())
-    keys = [ascii_arrows(line).replace("arrow ", "") for line in key_table(session.world)]
+    table = key_table(session.world)
+    keys = {i: ascii_arrows(line).replace("arrow ", "") for i, line in table.items()}
     help_lines = ["backspace: back 1 s", "R restart", "Q quit"]
 
     def show(rate, held):
-        marked = [f"{'>' if i == held else ' '} {key}" for i, key in enumerate(keys)]
+        marked = [f"{'>' if i == held else ' '} {key}" for i, key in keys.items()]
         title = f"frame {len(session.actions)}, {rate:.0f} fps"
-        display.show(session.frame, [title, "", *marked, "", *help_lines], held + 2)
+        display.show(session.frame, [title, "", *marked, "", *help_lines], [*keys].index(held) + 2)
 
     with own_screen(sys.stdin.fileno()):
         play_loop(session, fps, show, keyboard.next_key, actions)

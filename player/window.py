@@ -39,17 +39,17 @@ def has_display() -> bool:
     return bool(display) and not x11.XCloseDisplay(ctypes.c_void_p(display))
 
 
-def draw(session: Session, fps: float, table: list[str], held: int, scale: int) -> np.ndarray:
+def draw(session: Session, fps: float, table: dict, held: int, scale: int) -> np.ndarray:
     """The enlarged frame; beside it the keys, the held action and the frame rate. BGR."""
     picture, font = enlarge(session.frame, scale), cv2.FONT_HERSHEY_SIMPLEX
     keys = ["Backspace: back 1 s", "R restart", "Q quit"]
-    lines = [ascii_arrows(line) for line in (f"{fps:.0f} frames/s", "", *table, "", *keys)]
+    lines = [ascii_arrows(line) for line in (f"{fps:.0f} frames/s", "", *table.values(), "", *keys)]
     height = min(24, picture.shape[0] // (len(lines) + 1))
     size = height / 44
     width = max(cv2.getTextSize(line, font, size, 1)[0][0] for line in lines)
     panel = np.full((picture.shape[0], width + 24, 3), 30, dtype=np.uint8)
     for i, line in enumerate(lines):
-        color = (90, 220, 255) if i == held + 2 else (220, 220, 220)
+        color = (90, 220, 255) if i == 2 + [*table].index(held) else (220, 220, 220)
         place = (12, height * (i + 1))
         cv2.putText(panel, line, place, font, size, color, 1, cv2.LINE_AA)
     return cv2.cvtColor(np.concatenate([picture, panel], axis=1), cv2.COLOR_RGB2BGR)
@@ -58,7 +58,7 @@ def draw(session: Session, fps: float, table: list[str], held: int, scale: int) 
 def play_window(session: Session, fps: float, actions=()) -> None:
     table, title = key_table(session.world), "world"
     scale = max(1, 512 // session.frame.shape[0])
-    print("keys: " + " | ".join([*table, "Backspace: back 1 s", "R restart", "Q quit"]))
+    print("keys: " + " | ".join([*table.values(), "Backspace: back 1 s", "R restart", "Q quit"]))
     cv2.namedWindow(title, cv2.WINDOW_AUTOSIZE | cv2.WINDOW_GUI_NORMAL)
 
     def show(rate, held):

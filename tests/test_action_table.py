@@ -10,7 +10,7 @@ import pytest
 
 from data_utils import dummy_world
 from evaluation.action_table import describe_motion, label_of, optical_flow
-from player.session import arrow_actions, idle_action, key_table
+from player.session import arrow_actions, idle_action, key_table, twins
 
 
 def motion_in_dummy_world(action):
@@ -54,6 +54,12 @@ def test_train_lam_writes_the_legend_that_play_shows(world_dir, tmp_path):
         assert rows[action]["direction"] == arrow
         assert f"{rows[action]['label']}  (arrow {arrow})" in key_table(world)[action]
     assert rows[idle_action(world)]["label"] == "still"
+    same = twins(world)  # 8 codes for 5 true actions
+    assert len(same) >= 1 and list(key_table(world))[8 - len(same) :] == sorted(same)
+    for action, twin in same.items():
+        assert rows[action]["direction"] == rows[twin]["direction"]
+        assert rows[action]["share"] <= rows[twin]["share"] and twin not in same
+        assert key_table(world)[action].endswith(f"(like {twin})")
     (tmp_path / "actions.json").write_text(json.dumps(table))
     lam = load_checkpoint(Path(world_dir, "lam.pt"), "lam")
     another = lam | {"model": {name: weight + 1 for name, weight in lam["model"].items()}}

@@ -180,15 +180,16 @@ def test_the_keys_of_every_player(world_dir, monkeypatch):
     def show(rate, held):
         shown.append((rate, held))
 
-    play_loop(session, 10, show, lambda seconds: next(keys), actions=[3, 3])
     idle = player_session.idle_action(world) or 0
     up = player_session.arrow_actions(world)["up"]
+    saved = min(set(range(8)) - {idle, up, 5, 7})
+    play_loop(session, 10, show, lambda seconds: next(keys), actions=[saved, saved])
 
     def without_repeats(actions):
         return [action for action, _ in itertools.groupby(actions)]
 
-    assert without_repeats(played) == without_repeats([3, 5, up, 7])
-    assert 5 in {held for _, held in shown} and 3 not in played[2:] and idle is not None
+    assert without_repeats(played) == without_repeats([saved, 5, up, 7])
+    assert 5 in {held for _, held in shown} and saved not in played[2:]
     assert session.round == 1 and session.actions[-1] == 7  # R went to another start
     assert 5 < np.mean([rate for rate, _ in shown]) < 15
 
@@ -222,8 +223,8 @@ def test_action_frame_rate_and_keys_are_on_screen(world_dir):
     session = Session(world, world.start_frames.numpy())
     table = key_table(session.world)
     assert len(table) == 8
-    assert all(line.startswith(f"{i}  ") for i, line in enumerate(table))
-    named = {arrow for line in table for arrow in ARROWS if f"(arrow {arrow})" in line}
+    assert all(line.startswith(f"{i}  ") for i, line in table.items())
+    named = {arrow for line in table.values() for arrow in ARROWS if f"(arrow {arrow})" in line}
     assert named == set(ARROWS)
     one, two = draw(session, 15, table, 0, 8), draw(session, 15, table, 1, 8)
     assert len(one) == 512 and (one[:, -10:] == 30).all()  # no text is cut off

@@ -89,10 +89,26 @@ def test_the_first_table_is_the_smallest_control_the_agreement_and_the_minutes()
     rows = {
         "control: ΔPSNR, dB": [f"{x:.1f}" for x in control],
         "agreement with the true actions: NMI": [f"{r['lam/nmi']:.2f}" for r in reports],
+        "… of a classifier": [f"{r['lam/nmi_ceiling']:.2f}" for r in reports],
         "minutes on 2 CPU cores": [f"{r['minutes/total']:.1f}" for r in reports],
     }
     for name, cells in rows.items():
         assert f"| {name} | {' | '.join(cells)} |" in README
+
+
+def test_the_table_of_keys_is_that_of_the_result_file():
+    """docs/results/keys.json: reports of validate.py by GAME/ROW, and 300 updates each."""
+    found, games = result("keys"), {"freeway", "pong", "breakout", "crafter", "doom-maze"}
+    assert games <= {name.partition("/")[0] for name in found}
+    for row, text in (("alone", "codes that reconstruct"), ("moves", "codes that learn moves")):
+        line = re.search(rf"^\| {text}.*?\|(.*)\|$", DOCS["results.md"], re.M)[1]
+        shown = [cell.strip() for cell in line.split("|")]
+        header = r"^\| NMI with the true actions \|(.*)\|$"
+        header = re.search(header, DOCS["results.md"], re.M)[1]
+        names = [name.strip().lower().replace(" ", "-") for name in header.split("|")]
+        for name, cell in zip(names, shown, strict=True):
+            if cell:
+                assert f"{found[f'{name}/{row}']['lam/nmi']:.2f}" == cell
 
 
 def test_the_ablation_tables_are_those_of_the_result_file():

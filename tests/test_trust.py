@@ -396,8 +396,8 @@ def spoil(monkeypatch, bad):
     """
     forward, seen = LatentActionModel.forward, []
 
-    def spoiled(self, frames):
-        loss, logs = forward(self, frames)
+    def spoiled(self, frames, *targets):
+        loss, logs = forward(self, frames, *targets)
         if self.training and len(frames) == 4 and torch.is_grad_enabled():
             seen.append(float(sum(weight.detach().double().sum() for weight in self.parameters())))
             if len(seen) - 2 in bad:

@@ -94,6 +94,8 @@ class TokenTarget(LatentActionModel):
         return self.tokenizer[0].decode(tokens)[:, 1:]
 
 
+# The rows of the latent action model compare what it finds by itself, without taught moves.
+ALONE = "--teach-weight 0 --history-updates 2"
 ADAMW = "--optimizer adamw --learning-rate 2e-3"
 LAM_ROWS = {  # name → flags, and the class that replaces the model
     "as shipped": ("", None),
@@ -159,6 +161,7 @@ def train_row(stage, name, seed, args, clips, out):
     n_updates = args.lam_updates if stage == "lam" else args.dynamics_updates
     settings = f"--preset {args.preset} --device cpu --batch-size 4 --seed {seed}"
     settings += f" --n-updates {n_updates} --sample-every 1000000 --save-every 1000000 {flags}"
+    settings += f" {ALONE}" if stage == "lam" else ""
     options = ["--data-path", args.data_path, "--out", str(out), *settings.split()]
     began, autocast = time.perf_counter(), autocast_on(torch.device("cpu"))
     if stage == "lam":

@@ -2,6 +2,7 @@
 
     python -m tools.speedrun                 record Doom, train the three stages, validate, report
     python -m tools.speedrun pong            another game of tools/record.py
+    python -m tools.speedrun atari:freeway --crop 14:196,8:160
     python -m tools.speedrun --preset tiny   the same in one to three minutes, as a test
 
 The world is saved in checkpoints/GAME. This script only runs other commands, and prints each of
@@ -11,19 +12,20 @@ them, so that you can run it yourself.
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from config import PRESETS
-from utils.cli import Parser, UserError, print_user_errors
+from utils.cli import Parser, print_user_errors
 from utils.device import choose_device
 from utils.hardening.settings import preset_values
 
 import torch
 
-from tools.record import GAMES
+from tools.record import GAMES, find_game
 
 # frames for training and for validation
 FRAMES = {"tiny": (3_000, 1_000), "cpu": (40_000, 24_000), "gpu": (400_000, 24_000)}
@@ -60,11 +62,16 @@ def git_commit():
     return result.stdout.strip() or "unknown"
 
 
-def commands(game, preset, out):
-    """→ {name: words of the command}, in order."""
+def name_of(game):
+    """The game as a part of a file's name: atari:freeway → atari-freeway."""
+    return re.sub(r"[^\w.-]+", "-", game)
+
+
+def commands(game, preset, out, *more):
+    """→ {name: words of the command}, in order. more: words for tools.record."""
     n_train, n_test = FRAMES[preset]
-    data, test = f"data/{game}-{n_train}.h5", f"data/{game}-{n_test}-test.h5"
-    record = ("-m", "tools.record", game)
+    data, test = (f"data/{name_of(game)}-{n}.h5" for n in (n_train, f"{n_test}-test"))
+    record = ("-m", "tools.record", game, *more)
     training = ("--data-path", data, "--out", out, "--preset", preset)
     report = out / "report"
     measure = ("--checkpoint", out, "--data-path", test, "--val-fraction", 0.5)
@@ -81,19 +88,22 @@ def commands(game, preset, out):
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    games, presets = ", ".join(GAMES), ", ".join(PRESETS)
+    games, presets = ", ".join([*GAMES, "atari:NAME", "gym:ID"]), ", ".join(PRESETS)
     parser.add_argument("game", nargs="?", default="doom-maze", help=f"{games} [doom-maze]")
+    parser.add_argument("--crop", default="", help="as in tools.record")
+    parser.add_argument("--skip", type=int, default=0, help="as in tools.record")
     parser.add_argument("--preset", default="", help=f"{presets} [by device: cpu or gpu]")
     parser.add_argument("--out", default="", help="folder for the world [checkpoints/GAME]")
     args = parser.parse_args(argv)
-    if args.game not in GAMES:
-        raise UserError(f"unknown game {args.game!r}; there are {games}")
+    find_game(args.game, args.crop, args.skip)  # raises for an unknown one
+    recording = ["--crop", args.crop] if args.crop else []
+    recording += ["--skip", args.skip] if args.skip else []
     preset = args.preset or ("gpu" if choose_device("auto").type == "cuda" else "cpu")
     preset_values(PRESETS, preset, "tokenizer")  # raises for an unknown one
-    out = Path(args.out or f"checkpoints/{args.game}")
+    out = Path(args.out or f"checkpoints/{name_of(args.game)}")
 
     began, minutes, commit = time.perf_counter(), {}, git_commit()
-    for name, words in commands(args.game, preset, out).items():
+    for name, words in commands(args.game, preset, out, *recording).items():
         start = time.perf_counter()
         run(*words)
         minutes[f"minutes/{name.replace(' ', '_')}"] = (time.perf_counter() - start) / 60

@@ -172,10 +172,11 @@ document.addEventListener("visibilitychange", () => {
 const picture = async (path) => createImageBitmap(await (await fetch(path)).blob());
 const [H, W] = world.size;
 const thumbnail = () => Object.assign(document.createElement("canvas"), { width: W, height: H });
-const legends = world.actions.map(({ key, label, arrow }, i) => {
+const legends = world.actions.map(({ key, label, arrow, twin }, i) => {
   const button = document.createElement("button"), canvas = thumbnail();
   const text = document.createElement("small");
-  text.textContent = label || `action ${i}`;
+  text.textContent = (label || `action ${i}`) + (twin === null ? "" : `, like ${world.actions[twin].key}`);
+  button.style.order = twin === null ? 0 : 1; // actions that do what another does come last
   const arrows = { left: "←", right: "→", up: "↑", down: "↓" };
   button.append(canvas, [key, arrows[arrow]].filter(Boolean).join("  "), text);
   button.setAttribute("aria-label", `action ${i} ${label}`);

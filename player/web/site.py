@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from models.world_model import WorldModel
-from player.session import KEYS, arrow_actions, idle_action, legend_frames
+from player.session import KEYS, arrow_actions, idle_action, legend_frames, twins
 
 PAGE = ("index.html", "style.css", "page.js", "channel.js", "film.js")
 TYPES = {
@@ -36,10 +36,11 @@ def png(rows) -> bytes:
 def describe(name: str, world: WorldModel, starts: np.ndarray) -> dict:
     """world.json: what the page needs to know about a world."""
     arrows = {action: arrow for arrow, action in arrow_actions(world).items()}
-    actions = []
+    same, actions = twins(world), []
     for i, name_of_action in enumerate(world.action_names):
         label = "" if name_of_action == str(i) else name_of_action
-        actions.append({"key": KEYS[i : i + 1], "arrow": arrows.get(i), "label": label})
+        row = {"key": KEYS[i : i + 1], "arrow": arrows.get(i), "label": label}
+        actions.append(row | {"twin": same.get(i)})
     return {
         "name": name,
         "size": list(world.frame_size),

@@ -17,7 +17,7 @@ def read_cache(path: Path | None, key: str) -> dict[str, np.ndarray] | None:
                 return {name: file[name][:] for name in file}
     except (OSError, KeyError):
         pass
-    print(f"{path} belongs to other weights, data or --context-length; rebuilding it")
+    print(f"{path} belongs to other weights, data or settings; rebuilding it")
     return None
 
 

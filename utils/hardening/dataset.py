@@ -121,10 +121,11 @@ def check_actions(actions: h5py.Dataset, frames: h5py.Dataset, path: Path) -> No
             " store one whole number per frame, or none"
         )
     low, high = actions[:].min(), actions[:].max()
-    if not 0 <= low <= high < MOST_ACTIONS:
-        wrong = low if low < 0 else high
+    if not -1 <= low <= high < MOST_ACTIONS:
+        wrong = low if low < -1 else high
         raise UserError(
-            f"{path} has an action {wrong}; number the actions from 0, up to {MOST_ACTIONS - 1:,}"
+            f"{path} has an action {wrong}; number the actions from 0, up to {MOST_ACTIONS - 1:,},"
+            " and write -1 where one is not known"
         )
 
 

@@ -44,6 +44,11 @@ def load_frozen(cfg: Any, clips: Any, device: torch.device) -> Frozen:
             f"--actions true, but {cfg.data_path} has no recorded actions;"
             " leave it out to use latent ones"
         )
+    elif clips.dataset.actions.min() < 0:
+        raise UserError(
+            f"--actions true, but {cfg.data_path} has frames with an unknown action (-1);"
+            " leave it out: train_lam.py --label-weight 1 uses those that are known"
+        )
     saved = {stage: load_checkpoint(path, stage) for stage, path in paths.items()}
     check_fit(saved["tokenizer"], saved.get("lam"))
     for stage, path in paths.items():
