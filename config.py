@@ -61,7 +61,7 @@ class LatentActionConfig(Config):
     n_actions: int = option(8, "how many latent actions; a power of two")
     keep_rate: float = option(1.0, "share of the history the decoder sees", low=0, high=1)
     masking: str = option("always", "when the rest is hidden", ("always", "training"))
-    # matches: pairs, and how well their patches match when shifted; frames: each pooled by itself
+    # pairs: both frames; matches: also how patches match when shifted; frames: each pooled alone
     encoder: str = option("matches", "what the encoder sees", ("matches", "pairs", "frames"))
     # warp: shift patches of the last frame, then add; change: add; frame: draw from nothing
     decoder: str = option("warp", "how the next frame is made", ("warp", "change", "frame"))
@@ -103,7 +103,7 @@ PRESETS = {
     "tiny": {  # seconds; for tests and for seeing that everything runs
         "all": dict(n_updates=150, batch_size=32, context_length=4, sample_every=100)
         | dict(embed_dim=64, hidden_dim=128, n_blocks=1),
-        "lam": dict(batch_size=16, history_updates=8),
+        "lam": dict(batch_size=16, teach_weight=0.0),
     },
     # two CPU cores, ten minutes for the three stages
     "cpu": dict(tokenizer=dict(minutes=2.8), lam=dict(minutes=2.4), dynamics=dict(minutes=4.4)),

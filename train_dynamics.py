@@ -101,11 +101,10 @@ def main(argv=None):
         done = step + 1
         last = done == n_updates or stop.asked
         if done % 10 == 0 or last:
-            with autocast():
-                shuffled = stages.with_shuffled_actions(model, *(x[:4] for x in val_batches[0]))
-            log.write(done, loss=loss.detach(), grad_norm=grad_norm, shuffled=shuffled, **logs)
-            text = f"loss {loss:.4f} ({shuffled:.2f} times that with shuffled actions)"
-            text += f", {logs['accuracy_changing']:.2f} of changed tokens"
+            few = (x[:4] for x in val_batches[0])
+            logs["shuffled"] = stages.with_shuffled_actions(model, *few, autocast)
+            log.write(done, loss=loss.detach(), grad_norm=grad_norm, **logs)
+            text = f"loss {loss:.4f}, {logs['accuracy_changing']:.2f} of changed tokens"
             bar.set_postfix_str(text + statistics_text(logs), refresh=False)
         if done % cfg.sample_every == 0 or last:
             with torch.no_grad(), autocast():

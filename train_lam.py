@@ -25,10 +25,8 @@ from utils.pictures import grid
 import torch
 
 from data_utils import open_clips, to_float, to_uint8
-from evaluation.action_table import use_of_actions, write_action_table
+from evaluation import news, stages
 from evaluation.metrics import print_warnings
-from evaluation.news import TaughtClips, report_news, teach
-from evaluation.stages import with_shuffled_codes
 from models.latent_action_model import LatentActionModel
 
 
@@ -39,10 +37,9 @@ def main(argv=None):
     # --- data
     train, val = open_clips(cfg)
 
-    def get_batch(clips, step):  # → (B, T, 3, H, W) and, in training, what to imitate (B, T-1, 2)
-        frames, targets = clips.batch(step)
-        taught = [targets.to(device)] if isinstance(clips, TaughtClips) else []
-        return to_float(frames, device), *taught
+    def get_batch(clips, step):
+        frames, lessons = clips.batch(step)
+        return to_float(frames, device), *news.taught(clips, lessons, device)  # (B, T, 3, H, W)
 
     # --- model and optimizer
     model_args = dict(frame_size=train.frame_size, patch_size=cfg.patch_size)
@@ -62,7 +59,7 @@ def main(argv=None):
     stop = StopSignal()
     log = TrainLog(cfg, "lam", start_step, n_updates, stop)
     guard = StepGuard(log, start_step, cfg.max_skipped)
-    train, moves, history = teach(train, cfg, device, autocast)  # what the past does not foretell
+    train, lesson = news.teach(train, cfg, device, autocast)  # what the past does not foretell
 
     # --- loop
     done = start_step
@@ -82,11 +79,11 @@ def main(argv=None):
         done = step + 1
         last = done == n_updates or stop.asked
         if done % 10 == 0 or last:
-            with autocast():
-                logs["shuffled"] = with_shuffled_codes(model, val_batches[0][0][:4])
+            logs["shuffled"] = stages.with_shuffled_codes(model, val_batches[0][0][:4], autocast)
             log.write(done, loss=loss.detach(), grad_norm=grad_norm, **logs)
-            text = "loss {:.3f}, {error_over_copy:.2f} of copy, {shuffled:.2f} times that shuffled"
-            text = (text + ", {codes_used} codes").format(loss, **logs)
+            text = "loss {:.3f}, {error_over_copy:.2f} of copy, {codes_used} codes".format(
+                loss, **logs
+            )
             bar.set_postfix_str(text + statistics_text(logs), refresh=False)
         if done % cfg.sample_every == 0 or last:
             frames = val_batches[0][0][:8]
@@ -101,11 +98,8 @@ def main(argv=None):
             break
 
     # --- finish
-    with autocast():
-        table = write_action_table(saver.path, val.evenly_spaced(128)[0], device, moves)
-    news = report_news(model.eval(), train, val, cfg, autocast, history)
-    measured = log.latest("error_over_copy", "latent_variance") | news
-    print_warnings(measured | use_of_actions(table))
+    measured = news.report_codes(model.eval(), saver.path, train, val, cfg, autocast, lesson)
+    print_warnings(log.latest("error_over_copy", "latent_variance") | measured)
     next_command = f"python train_dynamics.py {data_option(cfg)} --out {cfg.out}"
     saver.finish(done, log, guard, next_command)
 

@@ -39,7 +39,7 @@ class ValidateOptions:
     classifier_updates: int = option(
         None, "updates of the classifier of true actions; 0: none [400; tiny worlds 50]", low=0
     )
-    history_updates: int = option(None, "updates for lam/news; 0: none [as in training]", low=0)
+    history_updates: int = option(None, "updates for lam/news; 0: none [300; tiny worlds 0]", low=0)
     steps: int = option(SAMPLING["steps"], "MaskGIT passes per frame of the rollouts", low=1)
     temperature: float = option(SAMPLING["temperature"], "of rollouts; 0 is greedy", low=0)
     device: str = option("auto", "auto, cpu or cuda")

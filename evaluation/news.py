@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_utils import Clips, main_process_first, to_float
+from evaluation.action_table import use_of_actions, write_action_table
 from models.distributed import rank
 from player.film import labelled_grid
 
@@ -227,7 +228,9 @@ def find_moves(
             before, after = frames[:, -2], frames[:, -1]
             weights = expected**2 * squared_error(predicted, after)
             if centres is not None:
-                weights = weights * near(torch.from_numpy(centres[part]), weights.shape[1:])
+                weights = weights * near(torch.from_numpy(centres[part]), frames.shape[-2:]).to(
+                    device
+                )
             errors.append(move_errors(before, after, weights, moves).cpu())
             changes.append((weights * squared_error(before, after)).sum(dim=(1, 2)).cpu())
         return torch.cat(errors), torch.cat(changes)
@@ -292,11 +295,11 @@ def teach(train: Clips, cfg: Any, device: Any, autocast: Callable) -> tuple:
     """`train` with a code to imitate, and its weight, in place of true actions: (B, T-1, 2).
 
     It is the code of the best move, with --teach-weight. Where a true action is known, it is the
-    code of that, with --label-weight. → also the move of each code (n, 2), None with labels, and
-    the weights of the HistoryPredictor; both are kept in OUT/lam/moves.h5 for --resume.
+    code of that, with --label-weight. → also, as the lesson, the move of each code (n, 2), None
+    with labels, and the weights of the HistoryPredictor; OUT/lam/moves.h5 keeps both for --resume.
     """
     if not (cfg.teach_weight or cfg.label_weight):
-        return train, None, {}
+        return train, (None, {})
     path, n = Path(cfg.out) / "lam" / "moves.h5", cfg.n_actions
     key = json.dumps([cfg.data_fingerprint, n, cfg.seed, cfg.history_updates, cfg.player])
     with main_process_first():
@@ -323,9 +326,9 @@ def teach(train: Clips, cfg: Any, device: Any, autocast: Callable) -> tuple:
         codes = np.where(labelled, codes_of_labels(codes, actions, n), codes)
         weights = np.where(labelled, cfg.label_weight, weights)
     targets = np.stack([codes.clip(0), weights], axis=1).astype(np.float32)
-    taught = TaughtClips(train, targets, labelled)
+    lessons = TaughtClips(train, targets, labelled)
     weights = {name: torch.from_numpy(x) for name, x in found.items()}
-    return taught, None if labelled.any() else moves, weights
+    return lessons, (None if labelled.any() else moves, weights)
 
 
 def codes_of_labels(codes: np.ndarray, actions: np.ndarray, n_codes: int) -> np.ndarray:
@@ -360,6 +363,11 @@ class TaughtClips(Clips):
             rng = np.random.default_rng([self.seed, step, 1])
             chosen[::4] = rng.choice(self.labelled, len(chosen[::4]))
         return chosen
+
+
+def taught(clips: Clips, targets: Tensor, device: Any) -> list[Tensor]:
+    """[what a batch of `clips` is to imitate (B, T-1, 2)], or [] where nothing is taught."""
+    return [targets.to(device)] if isinstance(clips, TaughtClips) else []
 
 
 def codes_of(lam: nn.Module, video: Tensor, autocast: Callable) -> Tensor:
@@ -400,19 +408,30 @@ def news_of_codes(
     return {"news": 1 - both / past, "unforetold": past / change}, labelled_grid(rows, names)
 
 
-def report_news(
-    lam: nn.Module, train: Clips, val: Clips, cfg: Any, autocast: Callable, begin: dict
+def report_codes(
+    lam: nn.Module,
+    path: Path,
+    train: Clips,
+    val: Clips,
+    cfg: Any,
+    autocast: Callable,
+    lesson: tuple,
 ) -> dict[str, float]:
-    """At the end of training: {"lam/news": …}, printed, and the picture OUT/lam/news.png.
+    """At the end of training: what the codes do, as OUT/actions.json and lines, and their news.
 
-    begin: weights of the HistoryPredictor, from `teach`. {} if too little is spent on it to tell.
+    path: OUT/lam.pt. lesson: of `teach`. → metrics for the warnings, as lam/NAME; "lam/news" is
+    not there if too little was spent on foretelling.
     """
-    if cfg.history_updates < 100:
-        return {}
-    how = (cfg.history_updates // (4 if begin else 2), torch.device(cfg.device), autocast)
+    (moves, begin), device = lesson, torch.device(cfg.device)
+    with autocast():
+        table = write_action_table(path, val.evenly_spaced(128)[0], device, moves)
+    measured = use_of_actions(table)
+    if cfg.history_updates < 100 or cfg.preset == "tiny":
+        return measured
+    how = (cfg.history_updates // (4 if begin else 2), device, autocast)
     news, picture = news_of_codes(lam, train, val, *how, begin=begin)
     if rank() == 0:
-        save_png(picture, Path(cfg.out) / "lam" / "news.png")
+        save_png(picture, path.parent / "lam" / "news.png")
         text = "the past leaves {unforetold:.0%} of the change, and of that codes tell {news:.1%}"
         print(text.format(**news))
-    return {"lam/news": news["news"]}
+    return measured | {"lam/news": news["news"]}

@@ -86,7 +86,7 @@ def news_on_held_out(options, dataset, checkpoint, lam, device, autocast, images
     """{"news", "unforetold"} of evaluation/news.py; {} without data to learn from, and if tiny."""
     config, n_updates = checkpoint.get("config", {}), options.history_updates
     if n_updates is None:
-        n_updates = 0 if config.get("preset") == "tiny" else config.get("history_updates", 600)
+        n_updates = 0 if config.get("preset") == "tiny" else 300
     if options.val_fraction == 1 or n_updates == 0:
         return {}
     split = [

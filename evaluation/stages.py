@@ -231,7 +231,7 @@ def shuffle_ratio(loss_of: Callable, actions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def with_shuffled_codes(lam, frames: Tensor) -> Tensor:
+def with_shuffled_codes(lam, frames: Tensor, autocast: Callable) -> Tensor:
     """The error of the next frames with the codes of other transitions, over that with their own.
 
     frames (B, T, 3, H, W) in [-1, 1].
@@ -240,15 +240,17 @@ def with_shuffled_codes(lam, frames: Tensor) -> Tensor:
     def error_of(codes):
         return squared_error(lam.predict(frames, codes), frames[:, 1:])
 
-    return shuffle_ratio(error_of, lam.infer(frames))
+    with autocast():
+        return shuffle_ratio(error_of, lam.infer(frames))
 
 
-def with_shuffled_actions(dynamics, tokens: Tensor, actions: Tensor) -> Tensor:
+def with_shuffled_actions(dynamics, tokens: Tensor, actions: Tensor, autocast: Callable) -> Tensor:
     """The loss of the dynamics model with the actions of other transitions, over that with its own.
 
     tokens (B, T, N), actions (B, T-1).
     """
-    return shuffle_ratio(lambda given: dynamics(tokens, given)[0], actions)
+    with autocast():
+        return shuffle_ratio(lambda given: dynamics(tokens, given)[0], actions)
 
 
 def one_step_metrics(dynamics, tokens: Tensor, actions: Tensor) -> dict:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_utils import dummy_world
-from evaluation.action_table import describe_motion, label_of, optical_flow
+from evaluation.action_table import describe_motion, imitated_motion, label_of, optical_flow
 from player.session import arrow_actions, idle_action, key_table, twins
 
 
@@ -40,6 +40,12 @@ def test_a_moving_thing_is_named_by_where_it_goes_and_coming_closer_is_forward()
     assert describe_motion(np.repeat(-forward, 5, axis=0))["direction"] == "back"
     flows[::2] *= -1  # as often down: no common direction
     assert describe_motion(flows)["direction"] == ""
+
+
+def test_a_move_that_a_code_imitates_has_a_name():
+    assert imitated_motion(-1.5, 0.5)["label"] == "↑ thing up 1.5"
+    assert imitated_motion(0.0, 2.0)["label"] == "→ thing right 2.0"
+    assert imitated_motion(0.0, 0.0)["label"] == "still"
 
 
 def test_train_lam_writes_the_legend_that_play_shows(world_dir, tmp_path):

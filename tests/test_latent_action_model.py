@@ -75,6 +75,19 @@ def test_collapse_costs():
     assert torch.allclose(spread, -0.5 * torch.tensor(8.0).log(), atol=1e-4)
 
 
+def test_imitation_is_the_cross_entropy_of_the_bits_of_codes_with_a_weight():
+    model, latents = lam(), torch.randn(2, 3, 3)
+    codes = torch.tensor([[5, 0, 3], [7, 1, 2]])
+    weights = torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0]])
+    found = model.imitation(latents, torch.stack([codes.float(), weights], dim=-1))
+    by_hand = 0.0
+    for b, bits in ((0, (1, -1, 1)), (1, (1, 1, 1))):  # 5 = 101, 7 = 111, the lowest bit first
+        for z, bit in zip(latents[b, 0], bits, strict=True):
+            by_hand += weights[b, 0] * (1 + (-4 * bit * z).exp()).log() / 2
+    assert torch.allclose(found, by_hand)
+    assert model.imitation(latents, torch.zeros(2, 3, 2)) == 0  # nothing is taught
+
+
 def test_the_encoder_sees_where_a_patch_came_from():
     encoder, (world, _) = lam(frame_size=[64, 64]).encoder, dummy_world(2)
     first = torch.from_numpy(world[:1]).permute(0, 3, 1, 2).float() / 127.5 - 1

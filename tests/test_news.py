@@ -141,9 +141,11 @@ def test_labels_take_the_place_of_moves_where_they_are_known():
     assert all((batch[..., 1] > 0).any(dim=1).sum() >= 2 for batch in found)
 
 
-def test_training_takes_labels_and_a_click(tmp_path, recording, capsys):
+def test_training_takes_labels_and_a_click(tmp_path, recording, capsys, monkeypatch):
+    monkeypatch.setattr(news, "SAMPLE", 100)
+    monkeypatch.setattr(news, "MOST", 200)
     options = ["--data-path", recording, "--preset", "tiny", "--n-updates", "2", "--device", "cpu"]
-    options += ["--out", str(tmp_path), "--history-updates", "4"]
+    options += ["--out", str(tmp_path), "--history-updates", "4", "--teach-weight", "1"]
     train_lam.main([*options, "--label-weight", "1", "--player", "32,32"])
     assert "moves that the past does not foretell" in capsys.readouterr().out
     kept = (tmp_path / "lam" / "moves.h5").stat().st_mtime_ns
@@ -178,7 +180,8 @@ def test_an_unknown_action_is_minus_one(tmp_path):
     assert open_dataset(str(path)).actions.tolist() == actions.tolist()
     lam = tmp_path / "lam.pt"
     options = ["--data-path", str(path), "--preset", "tiny", "--out", str(tmp_path), "--n-updates"]
-    train_lam.main([*options, "1", "--label-weight", "1"])
+    taught = ["--label-weight", "1", "--teach-weight", "1", "--history-updates", "2"]
+    train_lam.main([*options, "1", *taught])
     train_tokenizer.main([*options, "1"])
     with pytest.raises(UserError, match="unknown action .-1.; .*--label-weight"):
         train_dynamics.main([*options, "1", "--actions", "true"])

@@ -180,7 +180,7 @@ def test_the_keys_of_every_player(world_dir, monkeypatch):
     def show(rate, held):
         shown.append((rate, held))
 
-    idle = player_session.idle_action(world) or 0
+    idle = player_session.idle_action(world)
     up = player_session.arrow_actions(world)["up"]
     saved = min(set(range(8)) - {idle, up, 5, 7})
     play_loop(session, 10, show, lambda seconds: next(keys), actions=[saved, saved])
@@ -190,6 +190,7 @@ def test_the_keys_of_every_player(world_dir, monkeypatch):
 
     assert without_repeats(played) == without_repeats([saved, 5, up, 7])
     assert 5 in {held for _, held in shown} and saved not in played[2:]
+    assert idle is not None
     assert session.round == 1 and session.actions[-1] == 7  # R went to another start
     assert 5 < np.mean([rate for rate, _ in shown]) < 15
 

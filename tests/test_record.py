@@ -1,4 +1,5 @@
 import importlib.util
+from pathlib import Path
 
 from utils.cli import UserError
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from data_utils import Clips, open_dataset
-from tools import record
+from tools import record, speedrun
 from tools.record import GAMES, GameSpec, record_shard
+from tools.speedrun import commands
 
 
 def test_the_same_seed_records_the_same_frames_with_any_number_of_processes(tmp_path, monkeypatch):
@@ -124,3 +126,11 @@ def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--frames 0"):
         record.record("pong", 0, tmp_path / "x.h5")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_speedrun_records_any_game_with_its_options():
+    made = commands("atari:freeway", "tiny", Path("w"), "--crop", "14:196,8:160")
+    assert "atari:freeway" in made["record"] and "--crop" in made["record test"]
+    assert "data/atari-freeway-3000.h5" in made["record"] + made["lam"]
+    with pytest.raises(UserError, match="unknown game 'atarix:freeway'"):
+        speedrun.main(["atarix:freeway"])

@@ -95,7 +95,7 @@ class TokenTarget(LatentActionModel):
 
 
 # The rows of the latent action model compare what it finds by itself, without taught moves.
-ALONE = "--teach-weight 0 --history-updates 2"
+ALONE = "--teach-weight 0 --history-updates 1"
 ADAMW = "--optimizer adamw --learning-rate 2e-3"
 LAM_ROWS = {  # name → flags, and the class that replaces the model
     "as shipped": ("", None),

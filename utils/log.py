@@ -84,9 +84,10 @@ def validation_logs(model: torch.nn.Module, batches: Sequence[tuple]) -> dict[st
 
 
 def statistics_text(logs: dict) -> str:
-    """For the bar: how much latents vary, and where the model's outputs lie."""
+    """For the bar: what wrong actions do, how much latents vary, where the model's outputs lie."""
+    wrong = f", loss × {logs['shuffled']:.2f} if shuffled" if "shuffled" in logs else ""
     variance, mean, std = (logs[n] for n in ("latent_variance", "output_mean", "output_std"))
-    return f", latents vary {variance:.2f}, outputs {mean:.2f} ± {std:.2f}"
+    return f"{wrong}, latents vary {variance:.2f}, outputs {mean:.2f} ± {std:.2f}"
 
 
 def data_option(cfg: Any) -> str:

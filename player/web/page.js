@@ -175,7 +175,8 @@ const thumbnail = () => Object.assign(document.createElement("canvas"), { width:
 const legends = world.actions.map(({ key, label, arrow, twin }, i) => {
   const button = document.createElement("button"), canvas = thumbnail();
   const text = document.createElement("small");
-  text.textContent = (label || `action ${i}`) + (twin === null ? "" : `, like ${world.actions[twin].key}`);
+  text.textContent = label || `action ${i}`;
+  if (twin !== null) text.textContent += `, like ${world.actions[twin].key}`;
   button.style.order = twin === null ? 0 : 1; // actions that do what another does come last
   const arrows = { left: "←", right: "→", up: "↑", down: "↓" };
   button.append(canvas, [key, arrows[arrow]].filter(Boolean).join("  "), text);
