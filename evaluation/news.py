@@ -41,6 +41,8 @@ HISTORY = 16  # frames that the past is; enemies may march at every eighth
 SIDE = 64  # pixels: larger frames are shrunk to that
 REACH, FINENESS = 13, 2  # moves up to so many pixels, in steps of 1 / FINENESS pixel
 SAMPLE, MOST = 4_000, 12_000  # transitions on which moves are chosen; that get one
+BATCH = 16  # of transitions, to train the predictor
+CAMERA = 0.02  # errors on a larger share of the picture are a camera's, which follows the player
 
 
 class HistoryPredictor(nn.Module):
@@ -63,6 +65,8 @@ class HistoryPredictor(nn.Module):
         layers = [conv(width, apart=2), conv(width), conv(width)]
         body = [part for layer in layers for part in (nn.GELU(), layer)]
         self.rest = nn.Sequential(*body, nn.GELU(), conv(4 * 4))
+        self.register_buffer("left", torch.ones(()))  # share of the change that it misses, lately
+        self.register_buffer("area", torch.ones(()))  # share of the picture where that is
 
     def forward(self, frames: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         changes = frames.mean(dim=2).diff(dim=1)  # (B, HISTORY-1, H, W)
@@ -137,11 +141,11 @@ def train_history(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, max(2, n_updates))
     numbers, rng = transitions(clips), np.random.default_rng(clips.seed)
     for _ in progress(0, n_updates, "history"):
-        video = to_float(read_windows(clips, rng.choice(numbers, 32)), device)
+        video = to_float(read_windows(clips, rng.choice(numbers, BATCH)), device)
         codes = codes_of(lam, video, autocast) if lam else None
         if lam:
             codes = torch.where(
-                torch.from_numpy(rng.random(32) < 0.5).to(device), codes, lam.n_actions
+                torch.from_numpy(rng.random(BATCH) < 0.5).to(device), codes, lam.n_actions
             )
         frames = thumbnails(video)
         with autocast():
@@ -149,6 +153,8 @@ def train_history(
         error = squared_error(predicted, frames[:, -1])
         change = squared_error(frames[:, -2], frames[:, -1]).mean().clamp_min(1e-8)
         root = (error / change).detach().sqrt()
+        model.left.lerp_((root**2).mean(), 0.02)
+        model.area.lerp_(((root**2).mean((1, 2)) ** 2 / (root**4).mean((1, 2))).median(), 0.02)
         loss = error.mean() / change + 0.1 * ((expected - root) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -294,30 +300,36 @@ def near(centres: Tensor, size: tuple[int, int]) -> Tensor:
 def teach(train: Clips, cfg: Any, device: Any, autocast: Callable) -> tuple:
     """`train` with a code to imitate, and its weight, in place of true actions: (B, T-1, 2).
 
-    It is the code of the best move, with --teach-weight. Where a true action is known, it is the
-    code of that, with --label-weight. → also, as the lesson, the move of each code (n, 2), None
-    with labels, and the weights of the HistoryPredictor; OUT/lam/moves.h5 keeps both for --resume.
+    It is the code of the best move, with --teach-weight, where the past misses a small part of the
+    picture. Where it misses much, a camera follows the player, and the codes find that untaught.
+    Where a true action is known, it is the code of that, with --label-weight. → also, as the
+    lesson, the move of each code (n, 2), None with labels or if untaught, and the weights of the
+    HistoryPredictor; OUT/lam/moves.h5 keeps both for --resume.
     """
     if not (cfg.teach_weight or cfg.label_weight):
         return train, (None, {})
     path, n = Path(cfg.out) / "lam" / "moves.h5", cfg.n_actions
-    key = json.dumps([cfg.data_fingerprint, n, cfg.seed, cfg.history_updates, cfg.player])
+    key = json.dumps([cfg.data_fingerprint, n, cfg.seed, cfg.history_updates, cfg.player, CAMERA])
     with main_process_first():
         found = read_cache(path, key)
         if found is None:
             centres = track(train, cfg.player) if cfg.player else None
             model = train_history(train, cfg.history_updates, device, autocast)
-            codes, moves = find_moves(model, train, n, device, autocast, centres)
             found = {name: weight.cpu().numpy() for name, weight in model.state_dict().items()}
-            found |= dict(codes=codes, moves=moves)
+            codes = np.full(len(train.dataset.frames), -1)
+            if cfg.player or model.area < CAMERA:
+                codes, found["moves"] = find_moves(model, train, n, device, autocast, centres)
+            found["codes"] = codes
             if rank() == 0:
                 make_folder(path.parent)
                 write_cache(path, key, found)
-    codes, moves = found.pop("codes"), found.pop("moves")
-    share = np.bincount(codes[codes >= 0], minlength=n) / max(1, np.sum(codes >= 0))
-    rows = [f"{y:g} {x:g}: {part:.0%}" for (y, x), part in zip(moves, share, strict=True)]
-    print("moves that the past does not foretell (pixels down and right: share)")
-    print("  " + ", ".join(rows))
+    codes, moves = found.pop("codes"), found.pop("moves", None)
+    text = "the past leaves {left:.0%} of the change, on {area:.1%} of the picture"
+    print(text.format(**found))
+    if moves is not None:
+        share = np.bincount(codes[codes >= 0], minlength=n) / max(1, np.sum(codes >= 0))
+        rows = [f"{y:g} {x:g}: {part:.0%}" for (y, x), part in zip(moves, share, strict=True)]
+        print("moves that explain it (pixels down and right: share): " + ", ".join(rows))
     weights = np.where(codes >= 0, cfg.teach_weight, 0.0)
     actions = train.dataset.actions
     labelled = np.zeros(len(codes), bool)
@@ -325,10 +337,11 @@ def teach(train: Clips, cfg: Any, device: Any, autocast: Callable) -> tuple:
         labelled = actions >= 0
         codes = np.where(labelled, codes_of_labels(codes, actions, n), codes)
         weights = np.where(labelled, cfg.label_weight, weights)
+    lesson = None if labelled.any() else moves, {k: torch.as_tensor(x) for k, x in found.items()}
+    if not weights.any():
+        return train, lesson
     targets = np.stack([codes.clip(0), weights], axis=1).astype(np.float32)
-    lessons = TaughtClips(train, targets, labelled)
-    weights = {name: torch.from_numpy(x) for name, x in found.items()}
-    return lessons, (None if labelled.any() else moves, weights)
+    return TaughtClips(train, targets, labelled), lesson
 
 
 def codes_of_labels(codes: np.ndarray, actions: np.ndarray, n_codes: int) -> np.ndarray:

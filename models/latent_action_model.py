@@ -212,7 +212,7 @@ class LatentActionModel(nn.Module):
     def imitation(self, latents: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of latents (B, T-1, A) with targets (B, T-1, 2): a code and its weight."""
         bits = (self.quantizer.indices_to_codes(targets[..., 0].long()) + 1) / 2
-        loss = F.binary_cross_entropy_with_logits(4 * latents, bits, reduction="none").sum(dim=-1)
+        loss = F.binary_cross_entropy_with_logits(latents, bits, reduction="none").sum(dim=-1)
         return (targets[..., 1] * loss).sum() / (targets[..., 1] > 0).sum().clamp_min(1)
 
     def forward(self, frames: Tensor, targets: Tensor | None = None) -> tuple[Tensor, dict]:

@@ -1,3 +1,4 @@
+import re
 from functools import partial
 
 from utils.cli import UserError
@@ -147,12 +148,17 @@ def test_training_takes_labels_and_a_click(tmp_path, recording, capsys, monkeypa
     options = ["--data-path", recording, "--preset", "tiny", "--n-updates", "2", "--device", "cpu"]
     options += ["--out", str(tmp_path), "--history-updates", "4", "--teach-weight", "1"]
     train_lam.main([*options, "--label-weight", "1", "--player", "32,32"])
-    assert "moves that the past does not foretell" in capsys.readouterr().out
+    assert "moves that explain it" in capsys.readouterr().out
     kept = (tmp_path / "lam" / "moves.h5").stat().st_mtime_ns
     train_lam.main([*options, "--label-weight", "1", "--player", "32,32"])
     assert (tmp_path / "lam" / "moves.h5").stat().st_mtime_ns == kept  # and used again
     with pytest.raises(UserError, match="--player '99,1' must be X,Y"):
         train_lam.main([*options, "--player", "99,1"])
+    capsys.readouterr()
+    train_lam.main(options)  # after four updates all is new, and on a large part of the picture
+    text = capsys.readouterr().out
+    assert re.search(r"the past leaves \d+% of the change, on \d\d+\.\d% of the pict", text)
+    assert "moves that explain it" not in text
 
 
 def test_a_model_that_ignores_its_actions_has_a_shuffle_ratio_of_one():

@@ -14,7 +14,7 @@ def read_cache(path: Path | None, key: str) -> dict[str, np.ndarray] | None:
     try:
         with h5py.File(path, "r") as file:
             if file.attrs.get("key") == key:
-                return {name: file[name][:] for name in file}
+                return {name: file[name][()] for name in file}
     except (OSError, KeyError):
         pass
     print(f"{path} belongs to other weights, data or settings; rebuilding it")
