@@ -61,7 +61,7 @@ class HistoryPredictor(nn.Module):
         # two frames in colour and all changes in gray; four pixels become one with more channels
         self.first = conv(width, inputs=4 * (2 * 3 + HISTORY - 1))
         self.embed_code = nn.Embedding(n_codes + 1, width)
-        nn.init.zeros_(self.embed_code.weight[-1].data)  # unknown: as without codes
+        nn.init.zeros_(self.embed_code.weight)  # a random start would spoil what is known already
         layers = [conv(width, apart=2), conv(width), conv(width)]
         body = [part for layer in layers for part in (nn.GELU(), layer)]
         self.rest = nn.Sequential(*body, nn.GELU(), conv(4 * 4))
