@@ -97,18 +97,17 @@ def test_the_first_table_is_the_smallest_control_the_agreement_and_the_minutes()
 
 
 def test_the_table_of_keys_is_that_of_the_result_file():
-    """docs/results/keys.json: reports of validate.py by GAME/ROW, and 300 updates each."""
-    found, games = result("keys"), {"freeway", "pong", "breakout", "crafter", "doom-maze"}
-    assert games <= {name.partition("/")[0] for name in found}
-    for row, text in (("alone", "codes that reconstruct"), ("moves", "codes that learn moves")):
-        line = re.search(rf"^\| {text}.*?\|(.*)\|$", DOCS["results.md"], re.M)[1]
-        shown = [cell.strip() for cell in line.split("|")]
-        header = r"^\| NMI with the true actions \|(.*)\|$"
-        header = re.search(header, DOCS["results.md"], re.M)[1]
-        names = [name.strip().lower().replace(" ", "-") for name in header.split("|")]
-        for name, cell in zip(names, shown, strict=True):
-            if cell:
-                assert f"{found[f'{name}/{row}']['lam/nmi']:.2f}" == cell
+    """docs/results/keys.json: a report of validate.py for each game, and what the past leaves."""
+    text = DOCS["results.md"].partition("## Keys that follow the player")[2].partition("## ")[0]
+    rows = [line.split(" | ") for line in re.findall(r"^\| (.*%) \|$", text, re.M)]
+    found = result("keys")
+    assert {row[0].lower().replace(" ", "-") for row in rows} == set(found)
+    for name, codes, classifier, left, area in rows:
+        report = found[name.lower().replace(" ", "-")]
+        assert codes == f"{report['lam/nmi']:.2f}"
+        if "lam/nmi_classifier" in report:
+            assert classifier == f"{report['lam/nmi_classifier']:.2f}"
+        assert (left, area) == (f"{report['past/left']:.0%}", f"{report['past/area']:.1%}")
 
 
 def test_the_ablation_tables_are_those_of_the_result_file():
