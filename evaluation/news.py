@@ -73,7 +73,8 @@ class HistoryPredictor(nn.Module):
         known = torch.cat([frames[:, -2:].flatten(1, 2), 4 * changes], dim=1)
         hidden = self.first(F.pixel_unshuffle(known, 2))  # (B, width, H/2, W/2)
         if codes is not None:
-            hidden = hidden + self.embed_code(codes)[:, :, None, None]
+            # times 30: so few updates hardly move a weight, and a code has much to say
+            hidden = hidden + 30 * self.embed_code(codes)[:, :, None, None]
         output = F.pixel_shuffle(self.rest(hidden).float(), 2)  # (B, 4, H, W)
         return frames[:, -1] + output[:, :3], F.softplus(output[:, 3])
 

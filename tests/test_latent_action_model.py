@@ -83,7 +83,7 @@ def test_imitation_is_the_cross_entropy_of_the_bits_of_codes_with_a_weight():
     by_hand = 0.0
     for b, bits in ((0, (1, -1, 1)), (1, (1, 1, 1))):  # 5 = 101, 7 = 111, the lowest bit first
         for z, bit in zip(latents[b, 0], bits, strict=True):
-            by_hand += weights[b, 0] * (1 + (-4 * bit * z).exp()).log() / 2
+            by_hand += weights[b, 0] * (1 + (-bit * z).exp()).log() / 2
     assert torch.allclose(found, by_hand)
     assert model.imitation(latents, torch.zeros(2, 3, 2)) == 0  # nothing is taught
 
